@@ -1,0 +1,22 @@
+"""What users are told when something cannot be done."""
+
+from __future__ import annotations
+
+
+class AutoparError(Exception):
+    """A failure the user can act on: names the thing, the value found, the value needed and the remedy."""
+
+
+class UnknownName(AutoparError):
+    """A name that is not in a table, told together with the names that are."""
+
+    def __init__(self, kind: str, name: str, known: list[str]) -> None:
+        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}")
+
+
+class Infeasible(AutoparError):
+    """No plan satisfies the constraints; the message says which and what would do."""
+
+
+class CaptureError(AutoparError):
+    """The model could not be exported; the message names the user's line."""
