@@ -1,0 +1,1 @@
+"""Plans and runs the parallel training of a plain PyTorch model on a measured cluster."""

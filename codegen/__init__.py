@@ -1,0 +1,1 @@
+"""A plan made to run: shapes localised, collectives inserted, kernels put in."""

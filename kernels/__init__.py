@@ -1,0 +1,1 @@
+"""One op a file: plain reference, Triton kernel, launcher, autograd."""

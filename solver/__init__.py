@@ -1,0 +1,1 @@
+"""Problems of numbers, solved: formulate, solve, decode; nothing here imports torch."""
