@@ -61,7 +61,7 @@ class Mesh:
 def parse_mesh(text: str) -> Mesh:
     """Read `4x2`. Raises AutoparError for anything else."""
     parts = text.lower().replace(",", "x").split("x")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() for part in parts):
         raise AutoparError(f"mesh {text!r} is not of the form 4x2: positive sizes joined by x")
     return Mesh(tuple(int(part) for part in parts))
 

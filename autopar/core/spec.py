@@ -22,7 +22,7 @@ from autopar.core.errors import AutoparError
 State = int | Literal["R", "P", "G"]
 """What one axis does to a tensor: the index of the dim it shards, or replicated, partial, gradient-partial."""
 
-_SPEC = re.compile(r"^((?:R|S\d+)*)(?:\(P(\d+)\))?(?:\(G(\d+)\))?$")
+_SPEC = re.compile(r"((?:R|S[0-9]+)*)(?:\(P([0-9]+)\))?(?:\(G([0-9]+)\))?")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -73,11 +73,15 @@ def from_states(states: tuple[State, ...], rank: int) -> Spec:
 
 def parse(text: str) -> Spec:
     """Read the notation of `str(Spec)`. Raises AutoparError for anything else."""
-    found = _SPEC.match(text)
+    found = _SPEC.fullmatch(text)
     if found is None:
-        raise AutoparError(f"spec {text!r} is not of the form S01R(P2): one S<axes> or R a dim, then (P<axes>), (G<axes>)")
-    dims = tuple(_axes(part[1:]) for part in re.findall(r"R|S\d+", found[1]))
-    return Spec(dims, _axes(found[2] or ""), _axes(found[3] or ""))
+        raise AutoparError(f"spec {text!r} is not of the form S01R(P2): "
+                           "one S<axes> or R a dim, then (P<axes>), (G<axes>)")
+    dims = tuple(_axes(part[1:]) for part in re.findall(r"R|S[0-9]+", found[1]))
+    spec = Spec(dims, _axes(found[2] or ""), _axes(found[3] or ""))
+    if str(spec) != text:
+        raise AutoparError(f"spec {text!r} is to be written {str(spec)!r}: axes ascend, the lowest is outermost")
+    return spec
 
 
 def _digits(axes: tuple[int, ...]) -> str:
