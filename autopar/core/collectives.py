@@ -1,0 +1,107 @@
+"""What collectives cost over a set of axes: the ring model of latency α and bandwidth B.
+
+A collective of n devices takes `ROUNDS` rounds of n - 1 messages, each a n-th of `nbytes`, the bytes of the larger
+of its two local tensors (the tensor of an all-reduce or all-to-all, a gather's output, a scatter's input):
+
+    seconds = rounds · (n - 1) · (α + nbytes / (n · B))
+
+α is the highest latency of the ring's links, B the lowest bandwidth. A group that spans hosts visits one host after
+another, so it crosses each host's uplink once; the groups that cross one at the same time share it equally. In an
+all-to-all each of a group's k devices on a host sends to the n - k elsewhere: k · (n - k) / (n - 1) times the load.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from autopar.core.mesh import Mesh
+from autopar.core.reshard import MOVES_DATA, Primitive
+
+ROUNDS: dict[Primitive, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+assert ROUNDS.keys() == MOVES_DATA
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+class Network(Protocol):
+    """What is asked of a cluster: the host of each device, each host's uplink, the links between devices."""
+
+    @property
+    def hosts(self) -> tuple[int, ...]: ...
+    @property
+    def uplink_bytes_per_s(self) -> tuple[float, ...]: ...
+    def latency(self, source: int, target: int) -> float: ...
+    def bandwidth(self, source: int, target: int) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Seconds of a collective: `fixed_s` + `s_per_byte` · bytes."""
+
+    fixed_s: float
+    s_per_byte: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pricer:
+    """Seconds of any collective over any axes of one mesh, each figure that of the worst group; see `reshard.Price`.
+
+    Equal and hashed by `key`, which names cluster and mesh, so that it can be an argument of cached functions.
+    """
+
+    key: str
+    rates: dict[tuple[Primitive, tuple[int, ...]], Rate] = field(compare=False, repr=False)
+
+    def __call__(self, primitive: Primitive, axes: tuple[int, ...], nbytes: float) -> float:
+        """Seconds; `axes` ascending, `nbytes` of the larger of the two local tensors."""
+        rate = self.rates[primitive, axes]
+        return rate.fixed_s + rate.s_per_byte * nbytes
+
+
+def rates(network: Network, mesh: Mesh) -> dict[tuple[Primitive, tuple[int, ...]], Rate]:
+    """The rate of every primitive over every set of axes, ascending."""
+    sets = [axes for size in range(len(mesh.shape) + 1) for axes in itertools.combinations(mesh.axes, size)]
+    return {(primitive, axes): rate for axes in sets for primitive, rate in _group_rates(network, mesh.groups(axes))}
+
+
+def _group_rates(network: Network, groups: Groups) -> Iterator[tuple[Primitive, Rate]]:
+    """The rate of each primitive when all `groups`, of equal size, run it at once."""
+    size = len(groups[0])
+    links = {link for group in groups for link in _ring(network, group)}
+    latency = max((network.latency(*link) for link in links), default=0.0)
+    link = max((1.0 / network.bandwidth(*link) for link in links), default=0.0)
+    ring, exchange = (max(link, _uplink_s_per_byte(network, groups, load)) for load in (_ring_load, _exchange_load))
+    for primitive, count in ROUNDS.items():
+        rounds = count * (size - 1)
+        s_per_byte = exchange if primitive == "all_to_all" else ring
+        yield primitive, Rate(rounds * latency, rounds / size * s_per_byte)
+
+
+def _ring(network: Network, group: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The links of the ring through `group`, host by host; none for a group of one."""
+    ordered = sorted(group, key=network.hosts.__getitem__)
+    return ((a, b) for a, b in zip(ordered, ordered[1:] + ordered[:1], strict=True) if a != b)
+
+
+def _ring_load(local: int, size: int) -> float:
+    return 1.0
+
+
+def _exchange_load(local: int, size: int) -> float:
+    return local * (size - local) / (size - 1)
+
+
+def _uplink_s_per_byte(network: Network, groups: Groups, load: Callable[[int, int], float]) -> float:
+    """Seconds a byte on the busiest uplink; `load(members on the host, members)` is what a crossing group puts on it,
+    in units of what one device sends."""
+    busy: dict[int, float] = {}
+    for group in groups:
+        members = Counter(network.hosts[device] for device in group)
+        for host, local in members.items():
+            if local < len(group):
+                busy[host] = busy.get(host, 0.0) + load(local, len(group))
+    return max((units / network.uplink_bytes_per_s[host] for host, units in busy.items()), default=0.0)
