@@ -1,0 +1,219 @@
+"""What runs in place of an op that is not the same op on a shard.
+
+One function an op in `SUBSTITUTES`; it answers None where the plain op is right. Modules take the op's own
+arguments, on local tensors, and those that draw random numbers a `seed` besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from autopar.codegen.collectives import convert
+from autopar.codegen.communicator import Communicator, Group
+from autopar.codegen.primitives import all_reduce
+from autopar.core.reshard import Step
+from autopar.core.spec import Spec
+from autopar.passes.factors import Factored
+from autopar.passes.ops import Op
+from autopar.passes.rules.table import argument
+from autopar.passes.strategies import Assignment, axes_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where an op stands: its node, the op it is in, what each axis does, the spec of its result."""
+
+    node: fx.Node
+    op: Op
+    assignment: Assignment
+    spec: Spec
+    factored: Factored
+    communicator: Communicator
+
+    def axes(self, letter: str) -> tuple[int, ...]:
+        """The axes over any factor of `letter`."""
+        keys = [f.key for f in self.op.factors if f.key == letter or f.key.startswith(letter + "_")]
+        return tuple(sorted(axis for key in keys for axis in axes_of(self.assignment, key)))
+
+    def group(self, axes: tuple[int, ...]) -> Group:
+        """This rank's group along `axes`; itself alone when there are none."""
+        return self.communicator.group(axes) if axes else Group("", 0, (0,))
+
+
+class BatchNorm(nn.Module):
+    """Batch norm whose statistics are those of the whole batch, running statistics whole on every rank.
+
+    x (N/n, C/c, …) local; weight and bias (C/c); running mean and variance (C). Two sums travel: of the values, then
+    of the squared distances to their mean, which loses less than the difference of two large numbers.
+    """
+
+    def __init__(self, samples: tuple[int, ...], channels: tuple[int, ...], site: Site) -> None:
+        super().__init__()
+        self.samples, self.channels = samples, channels
+        self.sample_group, self.channel_group = site.group(samples), site.group(channels)
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor,
+                training: bool, momentum: float, eps: float, _: bool) -> Tensor:
+        if not training:
+            return F.batch_norm(x, self._part(mean), self._part(variance), weight, bias, False, momentum, eps)
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        count = x.numel() // x.shape[1] * self.sample_group.size
+        center = self._sum(x.sum(dims)) / count
+        centered = x - center.view(shape)
+        spread = self._sum(centered.square().sum(dims)) / count
+        with torch.no_grad():
+            mean.lerp_(self._whole(center).to(mean.dtype), momentum)
+            variance.lerp_(self._whole(spread).to(variance.dtype) * (count / max(count - 1, 1)), momentum)
+        normal = centered * (spread + eps).rsqrt().view(shape)
+        if weight is not None:
+            normal = normal * weight.view(shape)
+        return normal if bias is None else normal + bias.view(shape)
+
+    def _sum(self, part: Tensor) -> Tensor:
+        return convert(part, Step(self.samples, "P", "G"), self.sample_group) if self.samples else part
+
+    def _whole(self, part: Tensor) -> Tensor:
+        return convert(part.detach(), Step(self.channels, 0, "R"), self.channel_group) if self.channels else part
+
+    def _part(self, whole: Tensor) -> Tensor:
+        return convert(whole, Step(self.channels, "R", 0), self.channel_group) if self.channels else whole
+
+
+class CrossEntropy(nn.Module):
+    """Mean cross entropy of rows sharded over `axes`: this rank's sum over the count of all ranks, a partial sum.
+
+    logits (T/n, C), target (T/n); targets equal to `ignore_index` count nowhere.
+    """
+
+    def __init__(self, axes: tuple[int, ...], site: Site) -> None:
+        super().__init__()
+        self.axes, self.group = axes, site.group(axes)
+
+    def forward(self, logits: Tensor, target: Tensor, weight: None = None, reduction: int = 1,
+                ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
+        loss = F.cross_entropy(logits, target, reduction="sum", ignore_index=ignore_index,
+                               label_smoothing=label_smoothing)
+        count = all_reduce((target != ignore_index).sum(), self.group)
+        return loss / count.to(loss.dtype)
+
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers (in int64) in which every bit depends on every other: MurmurHash3's finaliser."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+    return x ^ (x >> 16)
+
+
+def keep_mask(index: Tensor, seed: Tensor, salt: int, rate: float) -> Tensor:
+    """Which elements dropout keeps: a function of the element's global `index`, the step's `seed` and the op's `salt`."""
+    start = _mixed((seed + salt * 0x9E3779B1) & _MASK32)
+    drawn = _mixed(_mixed((index & _MASK32) ^ start) ^ (index >> 32) & _MASK32)
+    return drawn >= int(rate * 2**32)
+
+
+class GlobalIndex(nn.Module):
+    """The index that each element of a shard has in the whole tensor."""
+
+    def __init__(self, whole: tuple[int, ...], local: tuple[int, ...], parts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.local, self.parts = local, parts
+        self.strides = [math.prod(whole[i + 1:]) for i in range(len(whole))]
+
+    def forward(self, device: torch.device) -> Tensor:
+        index = torch.zeros((), dtype=torch.int64, device=device)
+        for size, part, stride in zip(self.local, self.parts, self.strides, strict=True):
+            index = index.unsqueeze(-1) + (torch.arange(size, device=device) + part * size) * stride
+        return index
+
+
+def _global_index(sizes: tuple[int, ...], dims: tuple[tuple[int, ...], ...], site: Site) -> GlobalIndex:
+    groups = [site.group(axes) for axes in dims]
+    local = tuple(size // group.size for size, group in zip(sizes, groups, strict=True))
+    return GlobalIndex(sizes, local, tuple(group.index for group in groups))
+
+
+class Dropout(nn.Module):
+    """Dropout that draws by global element, so that its mask does not depend on the plan."""
+
+    takes_seed = True
+
+    def __init__(self, site: Site, salt: int) -> None:
+        super().__init__()
+        self.index = _global_index(site.factored.refined(site.node), site.spec.dims, site)
+        self.salt = salt
+
+    def forward(self, x: Tensor, rate: float, train: bool, seed: Tensor) -> Tensor:
+        keep = keep_mask(self.index(x.device), seed, self.salt, rate).reshape(x.shape)
+        return torch.where(keep, x / (1.0 - rate), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+class Attention(nn.Module):
+    """Attention with dropout on its weights, decomposed, so that the weights' mask does not depend on the plan.
+
+    query (B, H, Q, D), key (B, H, K, D), value (B, H, K, E), sharded on B and H -> (B, H, Q, E).
+    """
+
+    takes_seed = True
+
+    def __init__(self, site: Site, salt: int) -> None:
+        super().__init__()
+        query, key = (site.node.args[i].meta["val"].shape for i in range(2))  # type: ignore[union-attr]
+        sizes = (*query[:3], key[2])
+        self.index = _global_index(sizes, (site.axes("b"), site.axes("h"), (), ()), site)
+        self.salt = salt
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+                dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+                enable_gqa: bool = False, seed: Tensor) -> Tensor:
+        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        if attn_mask is not None:
+            hides = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if hides else scores + attn_mask
+        weights = scores.softmax(-1)
+        keep = keep_mask(self.index(query.device), seed, self.salt, dropout_p)
+        return torch.where(keep, weights / (1.0 - dropout_p), torch.zeros_like(weights)) @ value
+
+
+def _batch_norm(site: Site, _: int) -> nn.Module | None:
+    samples, channels = site.axes("n"), site.axes("c")
+    split_samples = samples if site.node.args[5] else ()
+    return BatchNorm(split_samples, channels, site) if split_samples or channels else None
+
+
+def _cross_entropy(site: Site, _: int) -> nn.Module | None:
+    axes = site.axes("t")
+    return CrossEntropy(axes, site) if axes else None
+
+
+def _attention(site: Site, salt: int) -> nn.Module | None:
+    return Attention(site, salt) if argument(site.node, 4, "dropout_p", 0.0) else None
+
+
+SUBSTITUTES: dict[Any, Callable[[Site, int], nn.Module | None]] = {
+    aten.batch_norm.default: _batch_norm,
+    aten.cross_entropy_loss.default: _cross_entropy,
+    aten.dropout.default: Dropout,
+    aten.scaled_dot_product_attention.default: _attention,
+}
+
+
+def substitute(site: Site, salt: int) -> nn.Module | None:
+    """The module that runs in place of the op at `site`, None where the op itself is right."""
+    make = SUBSTITUTES.get(site.node.target)
+    return make(site, salt) if make else None

@@ -1,0 +1,180 @@
+"""From a plain module to a Program: torch.export's training IR of the forward, with named sources.
+
+Composite ops stay whole (`linear`, `layer_norm`, `scaled_dot_product_attention`). Nothing is allocated: the
+model is exported on `meta`, whatever device it lives on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from autopar.core.errors import AutoparError, CaptureError
+
+Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
+COMPUTE_DTYPE: dict[str, torch.dtype] = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16,
+}
+Kind = Literal["parameter", "buffer", "input", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a placeholder stands for; `name` is the plain model's name, or the input's path."""
+
+    kind: Kind
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """A forward pass as a graph. `sources` describes each placeholder by node name, `constants` holds values.
+
+    `calls` are the arguments the program was captured with: (args, kwargs) on `meta`, the model's global batch.
+    """
+
+    graph: fx.Graph
+    sources: dict[str, Source]
+    constants: dict[str, Tensor]
+    out_spec: pytree.TreeSpec
+    in_spec: pytree.TreeSpec
+    precision: Precision
+    training: bool
+    notes: tuple[str, ...] = ()
+
+    def node(self, name: str) -> fx.Node:
+        """The node called `name`."""
+        return next(n for n in self.graph.nodes if n.name == name)
+
+    def placeholders(self, kind: Kind) -> list[fx.Node]:
+        """The placeholders that stand for `kind`, in order."""
+        return [n for n in self.graph.nodes if n.op == "placeholder" and self.sources[n.name].kind == kind]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The flat outputs: nodes or plain values."""
+        return list(next(iter(reversed(self.graph.nodes))).args[0])
+
+
+class WithLoss(nn.Module):
+    """`model` followed by `loss_fn(output, target)`; the last positional input is the target."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        *inputs, target = args
+        return self.loss_fn(self.model(*inputs, **kwargs), target)
+
+
+LOSS_PREFIX = "model."
+
+
+def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], precision: Precision = "fp32",
+            loss_fn: Callable[[Any, Any], Tensor] | None = None) -> Program:
+    """Trace `model(*args, **kwargs)` for `inputs = (args, kwargs)`, whose tensors have the global batch's shapes.
+
+    The model's own mode (train or eval) is the program's. Raises CaptureError naming the user's line.
+    """
+    if precision not in COMPUTE_DTYPE:
+        raise AutoparError(f"precision {precision!r} is not one of {', '.join(COMPUTE_DTYPE)}")
+    twin = meta_twin(model, COMPUTE_DTYPE[precision])
+    args, kwargs = pytree.tree_map_only(Tensor, _meta(COMPUTE_DTYPE[precision]), inputs)
+    module = twin if loss_fn is None else WithLoss(twin, loss_fn).train(model.training)
+    try:
+        exported = torch.export.export(module, args, kwargs, strict=False)
+    except Exception as error:
+        raise CaptureError(_blame(error, model)) from error
+    return _named(exported, module, precision, LOSS_PREFIX if loss_fn is not None else "")
+
+
+def meta_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of `model` without storage: parameters and buffers on `meta`, floats in `dtype`, ties kept."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        target = dtype if dtype is not None and isinstance(tensor, nn.Parameter) else tensor.dtype
+        empty = torch.empty_like(tensor, device="meta", dtype=target)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def _meta(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def convert(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device="meta", dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+    return convert
+
+
+def _named(exported: torch.export.ExportedProgram, module: nn.Module, precision: Precision, prefix: str) -> Program:
+    first_name = {id(p): name for name, p in [*module.named_parameters(), *module.named_buffers()]}
+    owned = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+    sources: dict[str, Source] = {}
+    constants: dict[str, Tensor] = {}
+    kinds: dict[InputKind, Kind] = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind in kinds:
+            name = first_name[id(owned[str(spec.target)])]
+            sources[spec.arg.name] = Source(kinds[spec.kind], name.removeprefix(prefix))
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            sources[spec.arg.name] = Source("constant", spec.arg.name)
+            constants[spec.arg.name] = _real(exported.constants[str(spec.target)], str(spec.target))
+        else:
+            sources[spec.arg.name] = Source("input", spec.arg.name)
+    graph = exported.graph_module.graph
+    leaves = {name for name, child in module.named_modules() if not list(child.children())}
+    for node in graph.nodes:
+        path = _module_path(node)
+        node.meta["path"], node.meta["leaf"] = path.removeprefix(prefix).removesuffix(prefix[:-1]), path in leaves
+    return Program(graph, sources, constants, exported.call_spec.out_spec, exported.call_spec.in_spec, precision,
+                   module.training)
+
+
+def keep_loss(program: Program) -> Program:
+    """Keep only the loss among the outputs: the one called `loss`, else the first scalar that has a gradient.
+
+    Raises AutoparError when the model makes no scalar.
+    """
+    outputs = program.outputs
+    scalars = [o for o in outputs if isinstance(o, fx.Node) and o.meta["val"].ndim == 0 and o.meta["val"].is_floating_point()]
+    if not scalars:
+        shapes = ", ".join(str(tuple(o.meta["val"].shape)) for o in outputs if isinstance(o, fx.Node))
+        raise AutoparError(f"the model's outputs have shapes {shapes} and none is a scalar loss; pass the labels so that "
+                           "it returns its loss, or give loss_fn=")
+    output = next(iter(reversed(program.graph.nodes)))
+    output.args = (tuple(o if o is scalars[0] else None for o in outputs),)
+    return program
+
+
+def _real(tensor: Tensor, name: str) -> Tensor:
+    if tensor.is_meta:
+        raise CaptureError(f"constant {name} of shape {tuple(tensor.shape)} lives on meta and has no value; build the "
+                           "model's plain tensor attributes on a real device, or register them as buffers")
+    return tensor.detach().clone()
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _blame(error: Exception, model: nn.Module) -> str:
+    """One line: what failed, and the innermost frame outside torch, which is the user's."""
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame.f_code.co_name))
+        trace = trace.tb_next
+    users = [f for f in frames if "/torch/" not in f[0] and "/passes/capture" not in f[0] and not f[0].startswith("<")]
+    where = f" at {users[-1][0]}:{users[-1][1]} in {users[-1][2]}" if users else ""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (f"{type(model).__name__} can't be exported{where}: {type(error).__name__}: {said}; "
+            "make the forward free of data-dependent control flow there, or compile the part that is")

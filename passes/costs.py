@@ -1,0 +1,116 @@
+"""Roofline costs: seconds = max(FLOP / rate, bytes / bandwidth) + launch, and the bytes a device holds.
+
+FLOP and bytes are computed from the local shapes of an op's operands and results, so the same function prices
+a strategy before it is lowered and the lowered program itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.core.device import Device, Dtype
+from autopar.core.errors import UnknownName
+from autopar.passes.rules.table import argument
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+Flop = Callable[[fx.Node, list[Shape], Shape], float]
+
+
+def _linear(_: fx.Node, operands: list[Shape], __: Shape) -> float:
+    return 2.0 * math.prod(operands[0]) * operands[1][0]
+
+
+def _matmul(_: fx.Node, operands: list[Shape], result: Shape) -> float:
+    return 2.0 * math.prod(result) * operands[0][-1]
+
+
+def _addmm(_: fx.Node, operands: list[Shape], result: Shape) -> float:
+    return 2.0 * math.prod(result) * operands[1][-1]
+
+
+def _convolution(_: fx.Node, operands: list[Shape], result: Shape) -> float:
+    return 2.0 * math.prod(result) * math.prod(operands[1][1:])
+
+
+def _attention(node: fx.Node, operands: list[Shape], _: Shape) -> float:
+    """A causal mask halves the work."""
+    *outer, queries, depth = operands[0]
+    keys, value_depth = operands[1][-2], operands[2][-1]
+    share = 0.5 if argument(node, 5, "is_causal", False) else 1.0
+    return share * 2.0 * math.prod(outer) * queries * keys * (depth + value_depth)
+
+
+FLOP: dict[Any, Flop] = {
+    aten.linear.default: _linear,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.matmul.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.scaled_dot_product_attention.default: _attention,
+}
+_BACKWARD_FLOP = 2.0
+_BACKWARD_FLOP_ATTENTION = 2.5
+_BACKWARD_BYTES = 2.0
+DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one op does on one device: FLOP, bytes read and written once, the dtype it computes in."""
+
+    flop: float
+    nbytes: float
+    dtype: torch.dtype
+    backward_flop: float
+
+    def forward_seconds(self, device: Device) -> float:
+        """Seconds of the forward."""
+        return _roofline(self.flop, self.nbytes, self.dtype, device)
+
+    def backward_seconds(self, device: Device) -> float:
+        """Seconds of the backward."""
+        return _roofline(self.backward_flop, _BACKWARD_BYTES * self.nbytes, self.dtype, device)
+
+
+def _roofline(flop: float, nbytes: float, dtype: torch.dtype, device: Device) -> float:
+    rate = device.matmul_flops(DTYPES.get(dtype, "fp32"))
+    return max(flop / rate, nbytes / device.memory_bytes_per_s) + device.launch_s
+
+
+def work_of(node: fx.Node, operands: list[Shape], result: Shape, nbytes: float, dtype: torch.dtype) -> Work:
+    """The work of an op named after `node`, whose operands and result have these local shapes."""
+    flop = FLOP[node.target](node, operands, result) if node.target in FLOP else 0.0
+    attention = node.target is aten.scaled_dot_product_attention.default
+    return Work(flop, nbytes, dtype, flop * (_BACKWARD_FLOP_ATTENTION if attention else _BACKWARD_FLOP))
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """Bytes of fp32 state an element holds, and bytes its step reads and writes an element."""
+
+    state_bytes: float
+    step_bytes: float
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(8.0, 28.0), "adam": Optimizer(8.0, 28.0), "sgd": Optimizer(0.0, 12.0),
+    "momentum": Optimizer(4.0, 20.0),
+}
+MASTER_BYTES = 4.0
+"""Parameters and gradients rest in fp32, or in the compute dtype where that is all there is."""
+
+
+def optimizer_called(name: str) -> Optimizer:
+    """The optimizer called `name`. Raises UnknownName for others."""
+    if name not in OPTIMIZERS:
+        raise UnknownName("optimizer", name, list(OPTIMIZERS))
+    return OPTIMIZERS[name]

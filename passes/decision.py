@@ -1,0 +1,70 @@
+"""What has been decided for a program: an assignment for every op, a storage for every parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from autopar.core.mesh import Mesh
+from autopar.core.spec import Spec
+from autopar.passes.layout import based, to_base
+from autopar.passes.ops import Op, OpOperand, is_parameter
+from autopar.passes.segments import Segmented
+from autopar.passes.strategies import Assignment, Storage, differentiable, operand_spec, result_spec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """A segmented program with what every later step asks of it."""
+
+    segmented: Segmented
+    gradients: frozenset[fx.Node]
+    producer: dict[fx.Node, int]
+
+    def rank(self, node: fx.Node) -> int:
+        """The number of flat factors of `node`."""
+        return len(self.segmented.factored.flat(node))
+
+    def wanted(self, op: Op, operand: OpOperand, assignment: Assignment) -> Spec:
+        """The spec in which `op` wants the value that `operand` renames."""
+        base, index = self.segmented.factored.base(operand.node)
+        spec = operand_spec(op, operand, assignment, operand.node in self.gradients, self.rank(operand.node))
+        return to_base(spec, index, self.rank(base))
+
+    def emitted(self, op: Op, result: OpOperand, assignment: Assignment) -> Spec:
+        """The spec in which `op` makes `result`."""
+        return result_spec(op, result, assignment, result.node in self.gradients, self.rank(result.node))
+
+    def parameters(self) -> dict[fx.Node, list[tuple[Op, OpOperand]]]:
+        """Every parameter that is used, with its users; operands are on the parameter itself."""
+        factored = self.segmented.factored
+        users: dict[fx.Node, list[tuple[Op, OpOperand]]] = {}
+        for op in self.segmented.ops:
+            for operand in (based(factored, operand) for operand in op.operands):
+                if is_parameter(operand.node, factored):
+                    users.setdefault(operand.node, []).append((op, operand))
+        return users
+
+
+def context(segmented: Segmented) -> Context:
+    """The context of a segmented program."""
+    return Context(segmented, differentiable(segmented.factored), segmented.producer())
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """`assignments[i]` for op i, `storage[n]` for parameter placeholder n."""
+
+    context: Context
+    mesh: Mesh
+    assignments: tuple[Assignment, ...]
+    storage: dict[fx.Node, Storage]
+
+    @cached_property
+    def sources(self) -> dict[fx.Node, Spec]:
+        """The spec in which every op result comes out."""
+        ops = self.context.segmented.ops
+        return {r.node: self.context.emitted(op, r, a) for op, a in zip(ops, self.assignments, strict=True)
+                for r in op.results}

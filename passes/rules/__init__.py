@@ -1,0 +1,1 @@
+"""The rule table: how each op behaves when its operands are sharded."""

@@ -1,0 +1,221 @@
+"""The rule of every op: a constant, or a function of the node where ranks and arguments decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.passes.normalize import value_of
+from autopar.passes.rules.notation import Rule, letters, rule
+
+aten = torch.ops.aten
+RuleMaker = Callable[[fx.Node], Rule | None]
+_REDUCTION_MEAN = 1
+
+
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor arguments of `node` in order of appearance, repeated if passed twice."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) if value_of(n) is not None else None)  # type: ignore[misc]
+    return found
+
+
+def shape(node: Any) -> tuple[int, ...]:
+    """The global shape of the tensor `node` makes."""
+    value = value_of(node)
+    assert value is not None, f"{node} makes no tensor"
+    return tuple(value.shape)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def pointwise(node: fx.Node) -> Rule | None:
+    """Every dim passes through; operands align to the right, dims of size one broadcast."""
+    out = shape(node)
+    names = letters("o", len(out))
+    left = [_aligned(shape(operand), out, names) for operand in tensor_operands(node)]
+    return rule(f"{', '.join(left)} -> {' '.join(names)}")
+
+
+def _aligned(small: tuple[int, ...], big: tuple[int, ...], names: list[str]) -> str:
+    offset = len(big) - len(small)
+    return " ".join(names[offset + i] if size == big[offset + i] else "1" for i, size in enumerate(small))
+
+
+def _addmm(node: fx.Node) -> Rule | None:
+    if len(shape(node.args[0])) != 1 or node.kwargs:
+        return None
+    return rule("+n, m k, k n -> m n")
+
+
+def _matmul(node: fx.Node) -> Rule | None:
+    left, right = shape(node.args[0]), shape(node.args[1])
+    if len(right) == 2 and len(left) >= 2:
+        return rule("... k, k n -> ... n")
+    if len(left) == len(right) and left[:-2] == right[:-2]:
+        return rule("... m k, ... k n -> ... m n")
+    return None
+
+
+def _convolution(node: fx.Node) -> Rule | None:
+    spatial = len(shape(node)) - 2
+    inner, kernel, outer = (" ".join(letters(p, spatial)) for p in "hkp")
+    groups = argument(node, 6, "groups", 1)
+    whole = f"{inner} {kernel} {outer}" + ("" if groups == 1 else " c o i")
+    channels = "c" if groups == 1 else "i"
+    return rule(f"n c {inner}, o {channels} {kernel}, +o -> n o {outer}", whole=whole)
+
+
+def _layer_norm(node: fx.Node) -> Rule | None:
+    normalized = " ".join(letters("d", len(node.args[1])))  # type: ignore[arg-type]
+    return rule(f"... {normalized}, {normalized}, {normalized} -> ... {normalized}", whole=normalized)
+
+
+def _batch_norm(node: fx.Node) -> Rule | None:
+    spatial = " ".join(letters("h", len(shape(node)) - 2))
+    affine = ", ".join(["c"] * sum(isinstance(a, fx.Node) for a in node.args[1:3]))
+    training = bool(node.args[5])
+    operands = ", ".join(part for part in (f"n c {spatial}", affine, "*, *") if part)
+    return rule(f"{operands} -> n c {spatial}", whole=spatial, special="n" if training else "")
+
+
+def _attention(node: fx.Node) -> Rule | None:
+    query, key, value = (shape(a) for a in node.args[:3])
+    if len(query) != 4 or query[1] != key[1] or key[1] != value[1]:
+        return None
+    mask = argument(node, 3, "attn_mask", None)
+    masked = "" if mask is None else ", " + _mask_letters(shape(mask), query, key[2])
+    dropout = argument(node, 4, "dropout_p", 0.0)
+    return rule(f"b h q d, b h k d, b h k e{masked} -> b h q e", whole="q k d e", special="b h" if dropout else "")
+
+
+def _mask_letters(mask: tuple[int, ...], query: tuple[int, ...], keys: int) -> str:
+    names, sizes = ("b", "h", "q", "k"), (*query[:3], keys)
+    offset = 4 - len(mask)
+    return " ".join(names[offset + i] if size == sizes[offset + i] else "1" for i, size in enumerate(mask))
+
+
+def _cross_entropy(node: fx.Node) -> Rule | None:
+    """Rows may be sharded under a mean: (partial sum, whole count); classes are whole."""
+    logits, weight = shape(node.args[0]), argument(node, 2, "weight", None)
+    plain = len(logits) == 2 and len(shape(node.args[1])) == 1 and weight is None
+    if not plain or argument(node, 3, "reduction", _REDUCTION_MEAN) != _REDUCTION_MEAN:
+        return None
+    return rule("t c, t -> ", whole="c", special="t")
+
+
+def _pooling(node: fx.Node) -> Rule | None:
+    spatial = len(shape(node)) - 2
+    before, after = (" ".join(letters(p, spatial)) for p in "hp")
+    return rule(f"n c {before} -> n c {after}", whole=f"{before} {after}")
+
+
+def _along(position: int, default: int = 0) -> RuleMaker:
+    """An op that works along one dim (softmax, slice, cat): that dim is whole, the others pass through."""
+    def make(node: fx.Node) -> Rule | None:
+        out = shape(node)
+        dim = argument(node, position, "dim", default) % len(out)
+        names = letters("o", len(out))
+        operands = [names] * len(tensor_operands(node))
+        changed = [[("x" if i == dim else n) for i, n in enumerate(operand)] for operand in operands]
+        same = shape(tensor_operands(node)[0]) == out
+        if any(len(shape(operand)) != len(out) for operand in tensor_operands(node)):
+            return None
+        left = ", ".join(" ".join(o if same else [f"{n}{i}" if n == "x" else n for n in o]) for i, o in enumerate(changed))
+        right = " ".join(changed[0] if same else names)
+        return rule(f"{left} -> {right}", whole=" ".join(["x", names[dim], *(f"x{i}" for i in range(len(operands)))]))
+    return make
+
+
+def _select(node: fx.Node) -> Rule | None:
+    before = shape(node.args[0])
+    dim = argument(node, 1, "dim", 0) % len(before)
+    names = letters("o", len(before))
+    return rule(f"{' '.join(names)} -> {' '.join(n for i, n in enumerate(names) if i != dim)}", whole=names[dim])
+
+
+def _pad(node: fx.Node) -> Rule | None:
+    before, after = shape(node.args[0]), shape(node)
+    names = letters("o", len(after))
+    changed = {n for n, b, a in zip(names, before, after, strict=True) if a != b}
+    left = " ".join("x" + n if n in changed else n for n in names)
+    return rule(f"{left} -> {' '.join(names)}", whole=" ".join([*changed, *("x" + n for n in changed)]))
+
+
+def _expand(node: fx.Node) -> Rule | None:
+    out = shape(node)
+    names = letters("o", len(out))
+    return rule(f"{_aligned(shape(node.args[0]), out, names)} -> {' '.join(names)}")
+
+
+def _reduction(sums: bool) -> RuleMaker:
+    """A reduction over dims: a sum of shards is a partial sum, anything else wants its dims whole."""
+    def make(node: fx.Node) -> Rule | None:
+        before = shape(node.args[0])
+        dims, keep = argument(node, 1, "dim", None), argument(node, 2, "keepdim", False)
+        dims = list(range(len(before))) if dims in (None, []) else [dims] if isinstance(dims, int) else dims
+        reduced = {dim % len(before) for dim in dims}
+        names = letters("o", len(before))
+        after = ["1" if i in reduced else n for i, n in enumerate(names) if keep or i not in reduced]
+        whole = "" if sums else " ".join(names[i] for i in reduced)
+        return rule(f"{' '.join(names)} -> {' '.join(after)}", whole=whole)
+    return make
+
+
+RULES: dict[Any, Rule | RuleMaker] = {
+    aten.linear.default: rule("... k, n k, +n -> ... n"),
+    aten.mm.default: rule("m k, k n -> m n"),
+    aten.bmm.default: rule("b m k, b k n -> b m n"),
+    aten.addmm.default: _addmm,
+    aten.matmul.default: _matmul,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.embedding.default: rule("v d, ... -> ... d", whole="v"),
+    aten.layer_norm.default: _layer_norm,
+    aten.batch_norm.default: _batch_norm,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.cross_entropy_loss.default: _cross_entropy,
+    aten.max_pool2d.default: _pooling,
+    aten.avg_pool2d.default: _pooling,
+    aten.adaptive_avg_pool2d.default: _pooling,
+    aten.softmax.int: _along(1),
+    aten.log_softmax.int: _along(1),
+    aten.cat.default: _along(1),
+    aten.slice.Tensor: _along(1),
+    aten.select.int: _select,
+    aten.pad.default: _pad,
+    aten.expand.default: _expand,
+    aten.mean.dim: _reduction(sums=False),
+    aten.amax.default: _reduction(sums=False),
+    aten.sum.dim_IntList: _reduction(sums=True),
+    aten.dropout.default: pointwise,
+    aten.to.dtype: pointwise,
+}
+CONTRACTIONS = {
+    aten.linear.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.matmul.default,
+    aten.conv1d.default, aten.conv2d.default,
+}
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result depends on one element of each operand; torch's own tag decides."""
+    tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return node.target in (aten.to.dtype, aten.dropout.default) or (tagged and value_of(node) is not None)
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The rule of the op that `node` calls; None: no rule, it runs replicated."""
+    if value_of(node) is None:
+        return None
+    found = RULES.get(node.target)
+    if isinstance(found, Rule):
+        return found
+    if found is not None:
+        return found(node)
+    return pointwise(node) if is_pointwise(node) and tensor_operands(node) else None

@@ -1,0 +1,107 @@
+"""Cut the program into segments, and find which are structurally equal.
+
+A segment is a run of ops of one block (`h.0`, `layer1.2`), or a stretch between two. Equal segments form a
+class: their ops correspond position by position, so a class is decided, lowered and compiled once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from autopar.passes.factors import Factored, analyse
+from autopar.passes.normalize import value_of
+from autopar.passes.ops import Op, factor_roles, make_ops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Ops `first` to `last` - 1 of the program; `externals` are the values it reads from outside, in order of use."""
+
+    name: str
+    first: int
+    last: int
+    externals: tuple[fx.Node, ...]
+    class_id: int
+
+    @property
+    def ops(self) -> range:
+        """The indices of its ops."""
+        return range(self.first, self.last)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segmented:
+    """A factored program as ops in segments; the first segment of each class represents it."""
+
+    factored: Factored
+    ops: tuple[Op, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def representatives(self) -> dict[int, Segment]:
+        """The first segment of each class."""
+        found: dict[int, Segment] = {}
+        for segment in self.segments:
+            found.setdefault(segment.class_id, segment)
+        return found
+
+    def producer(self) -> dict[fx.Node, int]:
+        """Which op makes each result."""
+        return {result.node: i for i, op in enumerate(self.ops) for result in op.results}
+
+
+def segment_program(factored: Factored) -> Segmented:
+    """Make ops, cut them into segments and number the classes of equal ones."""
+    ops = make_ops(factored)
+    runs = [list(run) for _, run in itertools.groupby(range(len(ops)), key=lambda i: ops[i].block)]
+    numbers: dict[Any, int] = {}
+    segments: list[Segment] = []
+    for run in runs:
+        externals, signature = _signature([ops[i] for i in run], factored)
+        class_id = numbers.setdefault(signature, len(numbers))
+        name = ops[run[0]].block.replace(".", "_") or f"between_{len(segments)}"
+        segments.append(Segment(name, run[0], run[-1] + 1, externals, class_id))
+    return Segmented(factored, ops, tuple(segments))
+
+
+def _signature(ops: list[Op], factored: Factored) -> tuple[tuple[fx.Node, ...], Any]:
+    """The values read from outside and a hashable description that equal segments share."""
+    place: dict[fx.Node, Any] = {n: ("op", i, j) for i, op in enumerate(ops) for j, n in enumerate(op.nodes)}
+    externals: dict[fx.Node, int] = {}
+    roles = factor_roles(factored)
+
+    def refer(node: fx.Node) -> Any:
+        if node in place:
+            return place[node]
+        if node in factored.aliases:
+            return ("alias", str(node.target), _plain(node), refer(factored.aliases[node].source))
+        if node.op == "call_function" and value_of(node) is None:
+            return ("list", str(node.target), _plain(node))
+        number = externals.setdefault(node, len(externals))
+        value = value_of(node)
+        assert value is not None
+        kind = factored.program.sources[node.name].kind if node.op == "placeholder" else "value"
+        dims = tuple(tuple((factored.sizes[f], roles.get(f)) for f in dim) for dim in factored.dims[node])
+        return ("external", number, kind, dims, str(value.dtype), tuple(value.shape))
+
+    described = []
+    for op in ops:
+        for node in op.nodes:
+            described.append((str(node.target), _plain(node), tuple(refer(n) for n in node.all_input_nodes)))
+        described.append((op.factors, tuple((refer(o.node), o.keys, o.additive) for o in op.operands),
+                          tuple((refer(r.node), r.keys) for r in op.results)))
+    return tuple(externals), tuple(described)
+
+
+def _plain(node: fx.Node) -> str:
+    """The arguments of a node with its tensors' names left out."""
+    return str(fx.map_arg((node.args, dict(node.kwargs)), lambda _: "tensor"))  # type: ignore[arg-type]
+
+
+def annotate(program: Any) -> Segmented:
+    """Factors, ops and segments of a captured program."""
+    return segment_program(analyse(program))

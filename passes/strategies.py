@@ -1,0 +1,191 @@
+"""The strategies of an op: every assignment of mesh axes to its factors that its rule and the mode allow.
+
+An axis is assigned a factor, or `R` (every device does the same work, gradients whole), or `G` (the same work,
+gradients partial sums: what an op that never meets the batch does while the batch is sharded elsewhere).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from autopar.core.errors import UnknownName
+from autopar.core.mesh import Mesh
+from autopar.core.spec import Spec, State, from_states
+from autopar.passes.factors import Factored
+from autopar.passes.normalize import value_of
+from autopar.passes.ops import Factor, Op, OpOperand, Role
+
+Assignment = tuple[str, ...]
+"""For each axis the key of a factor, or `R`, or `G`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A restriction of the space: the roles ops may shard, whether the batch must be, how parameters may rest.
+
+    Storage states: `R` whole, `Z` sharded and gathered for use, `S` sharded as it is used.
+    """
+
+    roles: frozenset[Role]
+    batch_always: bool
+    storage: frozenset[Literal["R", "Z", "S"]]
+    most_axes: int
+
+
+_ALL: frozenset[Role] = frozenset(("batch", "data", "model"))
+MODES: dict[str, Mode] = {
+    "auto": Mode(_ALL, False, frozenset("RZS"), 2),
+    "ddp": Mode(frozenset(["batch"]), True, frozenset("R"), 1),
+    "zero3": Mode(frozenset(["batch"]), True, frozenset("Z"), 1),
+    "1d": Mode(frozenset(["model"]), False, frozenset("RS"), 1),
+}
+
+
+def mode_called(name: str) -> Mode:
+    """The mode called `name`. Raises UnknownName for others."""
+    if name not in MODES:
+        raise UnknownName("mode", name, list(MODES))
+    return MODES[name]
+
+
+def differentiable(factored: Factored) -> frozenset[fx.Node]:
+    """The values a gradient flows to: floats that depend on a parameter, in a training program."""
+    found: set[fx.Node] = set()
+    if not factored.program.training:
+        return frozenset()
+    for node in factored.program.graph.nodes:
+        value = value_of(node)
+        if node.op == "placeholder":
+            source = factored.program.sources[node.name]
+            if source.kind == "parameter" and value is not None and value.requires_grad:
+                found.add(node)
+        elif any(n in found for n in node.all_input_nodes) and (value is None or value.is_floating_point()):
+            found.add(node)
+    return frozenset(found)
+
+
+def assignments(op: Op, mesh: Mesh, mode: Mode, gradients: bool) -> list[Assignment]:
+    """All assignments; `gradients` tells whether a gradient flows through the op."""
+    batch = [f for f in op.factors if f.role == "batch" and f.shardable and f.size % mesh.size == 0]
+    if mode.batch_always and batch:
+        return [(batch[0].key,) * len(mesh.shape)]
+    keys = [f.key for f in op.factors if f.shardable and f.role in mode.roles]
+    idle = ["R", "G"] if gradients and not any(f.role == "batch" for f in op.factors) else ["R"]
+    found = itertools.product([*keys, *idle], repeat=len(mesh.shape))
+    return [a for a in found if _fits(op, a, mesh)]
+
+
+def _fits(op: Op, assignment: Assignment, mesh: Mesh) -> bool:
+    """Whether every factor divides into its parts."""
+    return all(op.factor(key).size % mesh.extent(axes_of(assignment, key)) == 0
+               for key in Counter(assignment) if key not in "RG")
+
+
+def axes_of(assignment: Assignment, key: str) -> tuple[int, ...]:
+    """The axes assigned to factor `key`."""
+    return tuple(axis for axis, assigned in enumerate(assignment) if assigned == key)
+
+
+def operand_spec(op: Op, operand: OpOperand, assignment: Assignment, gradient: bool, rank: int) -> Spec:
+    """The spec `operand` must have, over its flat factors; `gradient` tells whether one flows to it."""
+    states = tuple(_operand_state(op, operand, key, gradient) for key in assignment)
+    return from_states(states, rank)
+
+
+def _operand_state(op: Op, operand: OpOperand, key: str, gradient: bool) -> State:
+    if key == "R" or operand.keys is None:
+        return "G" if key == "G" and gradient else "R"
+    if key in operand.keys:
+        return operand.keys.index(key)
+    if key != "G" and operand.additive and op.factor(key).summed:
+        return "P"
+    return "G" if gradient else "R"
+
+
+def result_spec(op: Op, result: OpOperand, assignment: Assignment, gradient: bool, rank: int) -> Spec:
+    """The spec in which `result` comes out, over its flat factors."""
+    states = tuple(_result_state(result, key, gradient) for key in assignment)
+    return from_states(states, rank)
+
+
+def _result_state(result: OpOperand, key: str, gradient: bool) -> State:
+    if key == "R" or (key == "G" and not gradient):
+        return "R"
+    if key == "G":
+        return "G"
+    assert result.keys is not None
+    return result.keys.index(key) if key in result.keys else "P"
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a parameter rests: per axis `R`, `Z`, or the flat factor it is sharded on as it is used."""
+
+    states: tuple[int | Literal["R", "Z"], ...]
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.states))
+
+    @property
+    def gathered(self) -> tuple[int, ...]:
+        """The axes over which it is sharded at rest and gathered for use."""
+        return tuple(axis for axis, state in enumerate(self.states) if state == "Z")
+
+    def resting_parts(self, mesh: Mesh) -> int:
+        """Into how many parts it is cut at rest."""
+        return math.prod(size for size, state in zip(mesh.shape, self.states, strict=True) if state != "R")
+
+    def spec(self, rank: int, trained: bool) -> Spec:
+        """The spec of the gathered parameter of `rank` flat factors: what was gathered has its gradient summed."""
+        gathered: State = "G" if trained else "R"
+        return from_states(tuple(gathered if state == "Z" else state for state in self.states), rank)
+
+
+def parse_storage(text: str) -> Storage:
+    """The inverse of `str(Storage)`."""
+    return Storage(tuple(int(part) if part.isdigit() else part for part in text.split(",")))  # type: ignore[misc]
+
+
+def storage_dims(factored: Factored, node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    """The dims a parameter is stored in, as positions of its flat factors.
+
+    A dim of a matrix whose leading factors only number the parts of a split is stored unflattened, so that the
+    factor behind them is sharded plainly: GPT-2's (768, 3·heads·dim) rests as (768, 3, heads·dim).
+    """
+    stored: list[tuple[int, ...]] = []
+    place = 0
+    for dim in factored.dims[node]:
+        positions = tuple(range(place, place + len(dim)))
+        place += len(dim)
+        leading = sum(1 for _ in itertools.takewhile(lambda f: f in factored.selected, dim))
+        unflattened = len(factored.dims[node]) > 1 and 0 < leading < len(dim)
+        stored += [positions[:leading], positions[leading:]] if unflattened else [positions]
+    return tuple(stored)
+
+
+def storages(factored: Factored, node: fx.Node, users: list[tuple[Op, OpOperand]], mesh: Mesh,
+             mode: Mode) -> Iterator[Storage]:
+    """All ways the parameter `node` may rest under `mode`."""
+    dims = storage_dims(factored, node)
+    leading = {dim[0]: i for i, dim in enumerate(dims) if dim}
+    used = {i for op, operand in users for i, key in enumerate(operand.keys or ())
+            if op.factor(key).shardable and op.factor(key).role in mode.roles}
+    sharded = [i for i in sorted(used & set(leading)) if factored.flat(node)[i] not in factored.selected]
+    options: list[int | Literal["R", "Z"]] = [s for s in ("R", "Z") if s in mode.storage]  # type: ignore[misc]
+    options += sharded if "S" in mode.storage else []
+    sizes = factored.refined(node)
+    for states in itertools.product(options, repeat=len(mesh.shape)):
+        found = Storage(states)
+        cut = {s for s in states if isinstance(s, int)}
+        divides = all(sizes[i] % mesh.extent(tuple(a for a, s in enumerate(states) if s == i)) == 0 for i in cut)
+        if divides and not (cut and found.gathered and len(dims) < 2):
+            yield found
+
+
