@@ -1,0 +1,22 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    """`pool(world_size).run(function, *args)` on worker processes that are launched at the first use and kept."""
+    pools: dict[int, Pool] = {}
+
+    def get(world_size: int) -> Pool:
+        return pools.setdefault(world_size, Pool(world_size))
+
+    yield get
+    for started in pools.values():
+        started.close()
