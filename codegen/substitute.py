@@ -79,6 +79,10 @@ class BatchNorm(nn.Module):
             normal = normal * weight.view(shape)
         return normal if bias is None else normal + bias.view(shape)
 
+    def result(self, x: Tensor, *_: Any) -> Tensor:
+        """An empty result, for shapes."""
+        return torch.empty_like(x)
+
     def _sum(self, part: Tensor) -> Tensor:
         return convert(part, Step(self.samples, "P", "G"), self.sample_group) if self.samples else part
 
@@ -105,6 +109,10 @@ class CrossEntropy(nn.Module):
                                label_smoothing=label_smoothing)
         count = all_reduce((target != ignore_index).sum(), self.group)
         return loss / count.to(loss.dtype)
+
+    def result(self, logits: Tensor, *_: Any) -> Tensor:
+        """An empty result, for shapes."""
+        return logits.new_empty(())
 
 
 _MASK32 = 0xFFFFFFFF
@@ -159,6 +167,10 @@ class Dropout(nn.Module):
         keep = keep_mask(self.index(x.device), seed, self.salt, rate).reshape(x.shape)
         return torch.where(keep, x / (1.0 - rate), torch.zeros((), dtype=x.dtype, device=x.device))
 
+    def result(self, x: Tensor, *_: Any) -> Tensor:
+        """An empty result, for shapes."""
+        return torch.empty_like(x)
+
 
 class Attention(nn.Module):
     """Attention with dropout on its weights, decomposed, so that the weights' mask does not depend on the plan.
@@ -188,6 +200,10 @@ class Attention(nn.Module):
         weights = scores.softmax(-1)
         keep = keep_mask(self.index(query.device), seed, self.salt, dropout_p)
         return torch.where(keep, weights / (1.0 - dropout_p), torch.zeros_like(weights)) @ value
+
+    def result(self, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+        """An empty result, for shapes."""
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def _batch_norm(site: Site, _: int) -> nn.Module | None:

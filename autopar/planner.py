@@ -1,0 +1,231 @@
+"""From a captured program to a plan, and from a plan back to a decision on a program."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from autopar.codegen.executable import build as lower_all
+from autopar.codegen.executable import offline
+from autopar.codegen.lower import Target
+from autopar.codegen.reprice import Memory, reprice
+from autopar.core.cluster import Cluster
+from autopar.core.errors import AutoparError, Infeasible
+from autopar.core.mesh import Mesh, mesh_shapes
+from autopar.core.sharding import Instance, Priced, Solution
+from autopar.passes.capture import Program, keep_loss
+from autopar.passes.constants import FoldConstants
+from autopar.passes.costs import Optimizer, optimizer_called
+from autopar.passes.decision import Context, Decision, context
+from autopar.passes.normalize import Normalize
+from autopar.passes.notation import op_text, parameter_text
+from autopar.passes.problem import Problem, Setting, build, check_batch
+from autopar.passes.segments import annotate
+from autopar.passes.strategies import Mode, Storage, mode_called, parse_storage
+from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds
+from autopar.solver.sharding import optimise
+
+RESERVE = 0.08
+"""The share of a device's memory that is left to the context, communication buffers and fragmentation."""
+AGREEMENT = 1e-6
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for. `mesh` None searches shapes; `memory_budget` in bytes, None: the device less a reserve."""
+
+    model: str
+    mode: str = "auto"
+    mesh: tuple[int, ...] | None = None
+    optimizer: str = "adamw"
+    memory_budget: float | None = None
+    solver: str = "cbc"
+
+    def setting(self, cluster: Cluster, shape: tuple[int, ...], pinned: dict[str, Storage] | None = None) -> Setting:
+        """The setting on one mesh shape. Raises AutoparError for unknown words or a mesh of another size."""
+        if Mesh(shape).size != cluster.size:
+            raise AutoparError(f"mesh {Mesh(shape)} has {Mesh(shape).size} devices, cluster {cluster.name} has "
+                               f"{cluster.size}; choose a mesh whose sizes multiply to {cluster.size}")
+        budget = self.memory_budget
+        if budget is None:
+            budget = (1 - RESERVE) * min(device.memory_bytes for device in cluster.devices)
+        return Setting(Mesh(shape), cluster, mode_called(self.mode), self.resolved_optimizer, budget, pinned or {})
+
+    @property
+    def resolved_optimizer(self) -> Optimizer:
+        """The optimizer's figures."""
+        return optimizer_called(self.optimizer)
+
+
+def prepare(program: Program) -> Context:
+    """Run every pass up to the sharding problem."""
+    folded = FoldConstants()(Normalize()(keep_loss(program)))
+    return context(annotate(folded))
+
+
+def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
+    """The mesh shapes to try."""
+    if request.mesh is not None:
+        return (request.mesh,)
+    return mesh_shapes(cluster.size, mode_called(request.mode).most_axes)
+
+
+def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> tuple[Plan, Problem]:
+    """The best plan over mesh shapes, with the problem it solves. Raises Infeasible when no shape has one."""
+    best: tuple[Solution, Problem] | None = None
+    reasons: list[str] = []
+    spent = 0.0
+    for shape in shapes_for(request, cluster):
+        setting = request.setting(cluster, shape)
+        check_batch(ctx, setting)
+        problem = build(ctx, setting)
+        try:
+            solution = optimise(problem.instance, request.solver)
+        except Infeasible as refusal:
+            reasons.append(f"mesh {setting.mesh}: {refusal}")
+            continue
+        spent += solution.solve_seconds
+        report(f"mesh {setting.mesh}: {1e3 * solution.seconds:.3f} ms a step, solved in {solution.solve_seconds:.2f} s")
+        if best is None or _better(solution, problem, *best):
+            best = solution, problem
+    if best is None:
+        raise Infeasible("; ".join(reasons))
+    return _plan(*best, request, spent), best[1]
+
+
+def _better(solution: Solution, problem: Problem, other: Solution, best: Problem) -> bool:
+    """Fewer seconds; at a tie the mesh with more axes, which tells apart what the other lumps together."""
+    if abs(solution.seconds - other.seconds) > 1e-9 * other.seconds:
+        return solution.seconds < other.seconds
+    return _evenness(problem) > _evenness(best)
+
+
+def _evenness(problem: Problem) -> tuple[int, int]:
+    shape = problem.setting.mesh.shape
+    return len(shape), -max(shape)
+
+
+def _plan(solution: Solution, problem: Problem, request: Request, spent: float) -> Plan:
+    decision = problem.decide(solution.choices)
+    ctx, setting = problem.context, problem.setting
+    priced, memory = price_lowered(decision, setting)
+    if abs(priced.seconds - solution.seconds) > AGREEMENT * solution.seconds:
+        raise AssertionError(f"the solver claims {solution.seconds} s, the lowered program costs {priced.seconds} s")
+    program = ctx.segmented.factored.program
+    notes = [n.removeprefix("attention: ") for n in program.notes if n.startswith("attention: ")]
+    return Plan(
+        request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
+        program.precision, request.optimizer, "Optimal" if solution.gap < 1e-6 else "Feasible", solution.gap,
+        Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed, priced.optimizer),
+        Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient),
+        planned_ops(decision), planned_parameters(decision), ", ".join(notes), fallback_ops(ctx),
+        len(problem.instance.nodes), edge_count(problem.instance), spent)
+
+
+def edge_count(instance: Instance) -> int:
+    """The number of producer-consumer pairs of an instance."""
+    return sum(len(flow.consumers) for segment in instance.segments for flow in segment.flows)
+
+
+def planned_ops(decision: Decision) -> tuple[PlannedOp, ...]:
+    """Every op of the program with its assignment, layers written out."""
+    segmented = decision.context.segmented
+    segment = {i: s.name for s in segmented.segments for i in s.ops}
+    return tuple(PlannedOp(op.name, segment[i], decision.assignments[i], op_text(decision, i))
+                 for i, op in enumerate(segmented.ops))
+
+
+def planned_parameters(decision: Decision) -> tuple[PlannedParameter, ...]:
+    """Every parameter of the program and how it rests."""
+    sources = decision.context.segmented.factored.program.sources
+    return tuple(PlannedParameter(sources[node.name].name, str(storage), parameter_text(decision, node))
+                 for node, storage in decision.storage.items())
+
+
+def fallback_ops(ctx: Context) -> tuple[str, ...]:
+    """The ops that run replicated because no rule says how to shard them."""
+    trivial = (op for op in ctx.segmented.ops if not op.has_rule)
+    return tuple(f"{op.name} ({str(op.main.target).removeprefix('aten.')})" for op in trivial)
+
+
+def price_lowered(decision: Decision, setting: Setting) -> tuple[Priced, Memory]:
+    """Lower for one device without connecting to others, and price what comes out."""
+    target = Target(decision, offline(setting.mesh), setting.price, torch.device("meta"))
+    return reprice(lower_all(target), setting)
+
+
+def program_key(ctx: Context) -> str:
+    """Twelve hexadecimal digits that name the program: its ops, shapes and precision."""
+    program = ctx.segmented.factored.program
+    found = hashlib.sha256(f"{program.precision} {program.training}".encode())
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        shape = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else ()
+        found.update(f"{node.op} {node.target} {node.args} {node.kwargs} {shape}".encode())
+    return found.hexdigest()[:12]
+
+
+def decision_of(plan: Plan, ctx: Context) -> Decision:
+    """The plan's decision on a program. Raises AutoparError when it was made for another."""
+    names = [op.name for op in ctx.segmented.ops]
+    planned = {op.name: op.assignment for op in plan.ops}
+    _same("ops", names, planned)
+    sources = ctx.segmented.factored.program.sources
+    parameters = {sources[n.name].name: n for n in ctx.parameters()}
+    stored = {p.name: parse_storage(p.storage) for p in plan.parameters}
+    _same("parameters", parameters, stored)
+    storage = {node: stored[name] for name, node in parameters.items()}
+    return Decision(ctx, Mesh(plan.mesh), tuple(planned[name] for name in names), storage)
+
+
+def _same(what: str, mine: Iterable[str], planned: Iterable[str]) -> None:
+    lacking, extra = sorted(set(mine) - set(planned)), sorted(set(planned) - set(mine))
+    if lacking or extra:
+        raise AutoparError(f"the plan is for another model: {what} it does not know: {lacking[:3] or 'none'}, {what} the "
+                           f"model lacks: {extra[:3] or 'none'}; plan this model again")
+
+
+def verify(plan: Plan, ctx: Context, cluster: Cluster) -> tuple[float, float]:
+    """(seconds, bytes) of the plan, recomputed from its lowered program without the solver.
+
+    Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
+    """
+    if plan.cluster_key != cluster.key():
+        raise AutoparError(f"the plan is for cluster {plan.cluster} ({plan.cluster_key}), this is {cluster.name} "
+                           f"({cluster.key()}); plan again for this one")
+    if plan.program_key != program_key(ctx):
+        raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {program_key(ctx)}; the "
+                           "model, its input shapes or its precision differ: plan again")
+    setting = Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh)
+    priced, memory = price_lowered(decision_of(plan, ctx), setting)
+    for what, claimed, found in (("seconds", plan.seconds.step, priced.seconds), ("bytes", plan.memory.total, memory.total)):
+        if abs(claimed - found) > AGREEMENT * abs(found):
+            raise AutoparError(f"the plan claims {claimed:.9g} {what}, its lowered program comes to {found:.9g}; it was "
+                               "edited or made by another version: plan again")
+    return priced.seconds, memory.total
+
+
+def evaluation_storage(decision: Decision) -> dict[str, Storage]:
+    """How parameters rest, by plain name, for a program that has to take them as they are."""
+    sources = decision.context.segmented.factored.program.sources
+    return {sources[n.name].name: storage for n, storage in decision.storage.items()}
+
+
+def solve_pinned(ctx: Context, cluster: Cluster, request: Request, shape: tuple[int, ...],
+                 stored: dict[str, Storage]) -> Decision:
+    """The best decision for a program whose parameters rest as another's plan says."""
+    sources = ctx.segmented.factored.program.sources
+    whole = Storage(("R",) * len(shape))
+    pinned = {n.name: stored.get(sources[n.name].name, whole) for n in ctx.parameters()}
+    setting = request.setting(cluster, shape, pinned)
+    problem = build(ctx, Setting(setting.mesh, cluster, _relaxed(setting.mode), setting.optimizer, float("inf"), pinned))
+    return problem.decide(optimise(problem.instance, request.solver).choices)
+
+
+def _relaxed(mode: Mode) -> Mode:
+    """A mode for evaluation: the same roles, no matter how the parameters rest."""
+    return Mode(mode.roles, False, frozenset("RZS"), mode.most_axes)

@@ -1,0 +1,158 @@
+"""From a call's arguments to a program's inputs: which program, whose part of the batch, and back to its output."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autopar.codegen.executable import Executable
+from autopar.core.errors import AutoparError
+
+BatchKind = Literal["global", "local"]
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class NotKept:
+    """Stands for an output that a plan with returns="loss" does not keep; any use of it says so."""
+
+    def __init__(self, name: str) -> None:
+        object.__setattr__(self, "_name", name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        kept = object.__getattribute__(self, "_name")
+        raise AutoparError(f"output {kept!r} is not kept (asked for .{name}): compile with returns=\"all\" to have it")
+
+    def __getitem__(self, key: Any) -> Any:
+        kept = object.__getattribute__(self, "_name")
+        raise AutoparError(f"output {kept!r} is not kept (asked for [{key!r}]): compile with returns=\"all\" to have it")
+
+    def __repr__(self) -> str:
+        return f"<output {object.__getattribute__(self, '_name')} not kept: returns=\"loss\">"
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """One call: the executable, its inputs on the device, how to make the model's output of the values."""
+
+    executable: Executable
+    inputs: dict[fx.Node, Tensor]
+    output: Callable[[dict[fx.Node, Tensor]], Any]
+
+
+@dataclass(eq=False)
+class Batches:
+    """Finds the executable for a call. `make(training, kind)` lowers one; `kind` None lets shapes tell.
+
+    `other_names` are the further names of tied parameters.
+    """
+
+    make: Callable[[bool, BatchKind], Executable]
+    kind: BatchKind | None
+    world: int
+    other_names: set[str] = field(default_factory=set)
+    known: dict[tuple[bool, BatchKind], Executable] = field(default_factory=dict)
+    checked: set[Shapes] = field(default_factory=set)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, site: Any) -> Bound:
+        """The program for a call and its inputs. Raises AutoparError when the batch fits no rule."""
+        sample = self._executable(training, next(iter(self.known))[1] if self.known else self.kind or "global")
+        program = sample.decision.context.segmented.factored.program
+        leaves = _flat(args, kwargs, program.in_spec)
+        placeholders = program.placeholders("input")
+        if len(leaves) != len(placeholders):
+            raise AutoparError(f"the call has {len(leaves)} inputs, the plan was made for {len(placeholders)}: "
+                               f"{[p.name for p in placeholders]}; pass the same arguments as in inputs=")
+        kind = self._kind(leaves, placeholders)
+        executable = self._executable(training, kind)
+        nodes = executable.decision.context.segmented.factored.program.placeholders("input")
+        inputs = {n: leaf.to(site.device) for n, leaf in zip(nodes, leaves, strict=True) if isinstance(leaf, Tensor)}
+        inputs = {n: _cast(n, leaf) for n, leaf in inputs.items()}
+        return Bound(executable, inputs, lambda values: _output(executable, values))
+
+    def _executable(self, training: bool, kind: BatchKind) -> Executable:
+        if (training, kind) not in self.known:
+            self.known[training, kind] = self.make(training, kind)
+        return self.known[training, kind]
+
+    def _kind(self, leaves: list[Any], placeholders: list[fx.Node]) -> BatchKind:
+        planned = [tuple(p.meta["val"].shape) if isinstance(p.meta.get("val"), Tensor) else None for p in placeholders]
+        found = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        local = [(s[0] // self.world, *s[1:]) if s and s[0] % self.world == 0 else s for s in planned]
+        if found == planned and self.kind != "local":
+            self._check_equal(leaves, tuple(s for s in found if s is not None))
+            return "global"
+        if found == local and self.kind != "global":
+            return "local"
+        wanted = {"global": f"{planned}", "local": f"{local}", None: f"{planned} (the whole batch on every rank) or "
+                  f"{local} (its own part on each)"}[self.kind]
+        raise AutoparError(f"inputs of shapes {found} fit no rule of the plan, which takes {wanted}; pass such a batch, or "
+                           "compile again with inputs= of the new shapes")
+
+    def _check_equal(self, leaves: list[Any], shapes: Shapes) -> None:
+        """Once a shape: ranks that pass the whole batch must pass the same."""
+        if shapes in self.checked or self.world == 1:
+            return
+        self.checked.add(shapes)
+        if not all_equal(digest(leaves)):
+            raise AutoparError(f"every rank passed a batch of the global shapes {list(shapes)}, but their data differ; pass "
+                               "the same whole batch on all ranks, or each rank's own part of it")
+
+
+def digest(leaves: list[Any]) -> int:
+    """A number that tells different data apart."""
+    found = hashlib.sha256()
+    for leaf in leaves:
+        whole = leaf.detach().cpu().contiguous() if isinstance(leaf, Tensor) else None
+        found.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes() if whole is not None else repr(leaf).encode())
+    return int.from_bytes(found.digest()[:7], "big")
+
+
+def all_equal(number: int) -> bool:
+    """Whether all ranks have the same number; collective."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    bounds = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    return bool(bounds[0] == -bounds[1])
+
+
+def _flat(args: tuple[Any, ...], kwargs: dict[str, Any], spec: pytree.TreeSpec) -> list[Any]:
+    """The inputs in the program's order, keyword arguments whatever their order."""
+    wanted = list(spec.children()[1].context)
+    if set(wanted) != set(kwargs):
+        raise AutoparError(f"the call has keyword arguments {sorted(kwargs)}, the plan was made for {sorted(wanted)}; pass "
+                           "the same arguments as in inputs=")
+    return pytree.tree_leaves((args, {name: kwargs[name] for name in wanted}))
+
+
+def _cast(node: fx.Node, leaf: Tensor) -> Tensor:
+    wanted = node.meta["val"].dtype
+    return leaf.to(wanted) if leaf.is_floating_point() and leaf.dtype != wanted else leaf
+
+
+def _output(executable: Executable, values: dict[fx.Node, Tensor]) -> Any:
+    program = executable.decision.context.segmented.factored.program
+    base = executable.decision.context.segmented.factored.base
+    names = _names(program.out_spec)
+    flat = [values[base(o)[0]] if isinstance(o, fx.Node) else NotKept(name)
+            for o, name in zip(program.outputs, names, strict=True)]
+    return pytree.tree_unflatten(flat, program.out_spec)
+
+
+def _names(spec: pytree.TreeSpec) -> list[str]:
+    """A name for each flat output."""
+    keys = spec.context if isinstance(spec.context, list) else None
+    if spec.is_leaf():
+        return ["output"]
+    children = spec.children()
+    labels = [str(k) for k in keys] if keys and len(keys) == len(children) else [f"output[{i}]" for i in range(len(children))]
+    return [label if child.is_leaf() else f"{label}.{name}" for label, child in zip(labels, children, strict=True)
+            for name in _names(child)]

@@ -1,0 +1,120 @@
+"""Parameters at rest: DTensors in the shape that is stored, and their way to and from plain names and shapes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from autopar.core.mesh import Mesh
+from autopar.passes.strategies import Storage
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How one parameter rests: plain `shape`, stored as `dims` (positions of flat factors of `sizes`)."""
+
+    name: str
+    shape: Shape
+    dims: tuple[tuple[int, ...], ...]
+    sizes: Shape
+    storage: Storage
+
+    @property
+    def stored_shape(self) -> Shape:
+        """The shape it is stored in, which depends on the model alone."""
+        return tuple(math.prod(self.sizes[i] for i in dim) for dim in self.dims)
+
+    def placement(self, axis: int) -> Placement:
+        """What `axis` does to it at rest, gathering aside."""
+        state = self.storage.states[axis]
+        return Shard(next(d for d, dim in enumerate(self.dims) if state in dim)) if isinstance(state, int) else Replicate()
+
+    def gather_dim(self, mesh: Mesh) -> int:
+        """The stored dim that is sharded over the gathered axes: one that divides evenly, or the first."""
+        taken = {d for d, dim in enumerate(self.dims) if any(s in dim for s in self.storage.states)}
+        parts = mesh.extent(self.storage.gathered)
+        return next((d for d, size in enumerate(self.stored_shape) if d not in taken and size % parts == 0), 0)
+
+
+def device_mesh(mesh: Mesh, kind: str) -> DeviceMesh:
+    """The torch mesh of `mesh`, its axes named a0, a1, …; collective."""
+    names = tuple(f"a{axis}" for axis in mesh.axes)
+    return DeviceMesh(kind, torch.tensor(mesh.devices).reshape(mesh.shape), mesh_dim_names=names)
+
+
+def submesh(mesh: DeviceMesh, axes: tuple[int, ...]) -> DeviceMesh:
+    """The part of `mesh` along `axes`."""
+    return mesh if len(axes) == mesh.ndim else mesh[tuple(f"a{axis}" for axis in axes)]
+
+
+def at_rest(full: Tensor, stored: Stored, mesh: DeviceMesh, requires_grad: bool) -> nn.Parameter:
+    """The parameter sharded on all but its gathered axes, which FSDP2 takes care of."""
+    axes = tuple(a for a in range(mesh.ndim) if a not in stored.storage.gathered)
+    value = full.detach().reshape(stored.stored_shape)
+    if axes:
+        value = distribute_tensor(value, submesh(mesh, axes), [stored.placement(a) for a in axes], src_data_rank=None)
+    return nn.Parameter(value, requires_grad=requires_grad)
+
+
+def whole_everywhere(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter as a DTensor of the same storage, replicated over all ranks."""
+    world = DeviceMesh(parameter.device.type, list(range(dist.get_world_size())))
+    whole = DTensor.from_local(parameter.detach(), world, [Replicate()], run_check=False)
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part, differentiable."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def to_plain(parameter: Tensor, stored: Stored) -> Tensor:
+    """The parameter in its plain shape: a DTensor where it was one, whole on axes that shard inside a merged dim."""
+    if stored.stored_shape == stored.shape or not isinstance(parameter, DTensor):
+        return parameter.detach().reshape(stored.shape) if not isinstance(parameter, DTensor) else parameter.detach()
+    keep = {d: _plain_dim(d, stored) for d in range(len(stored.dims))}
+    placements = [Shard(keep[p.dim]) if isinstance(p, Shard) and keep[p.dim] is not None else Replicate()  # type: ignore[arg-type]
+                  for p in parameter.placements]
+    before = [p if isinstance(q, Shard) else Replicate() for p, q in zip(parameter.placements, placements, strict=True)]
+    whole = parameter.detach().redistribute(placements=before).to_local()
+    shape = list(stored.shape)
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            shape[placement.dim] = -1
+            assert axis < parameter.device_mesh.ndim
+    return DTensor.from_local(whole.reshape(shape), parameter.device_mesh, placements, run_check=False,
+                              shape=torch.Size(stored.shape), stride=_contiguous(stored.shape))
+
+
+def _plain_dim(dim: int, stored: Stored) -> int | None:
+    """The plain dim that stored dim `dim` is by itself, None where several make one."""
+    before, place = math.prod(stored.stored_shape[:dim]), 1
+    for i, size in enumerate(stored.shape):
+        if place == before and size == stored.stored_shape[dim]:
+            return i
+        place *= size
+    return None
+
+
+def _contiguous(shape: Shape) -> Shape:
+    return tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
+
+
+def load_plain(parameter: Tensor, stored: Stored, value: Tensor) -> None:
+    """Copy `value`, whole or a DTensor in the plain shape, into the parameter."""
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    full = full.detach().reshape(stored.stored_shape).to(parameter.device, parameter.dtype)
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            part = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(part.to_local())
+        else:
+            parameter.copy_(full)

@@ -1,0 +1,213 @@
+"""Price a lowered program from what it does, without the solver.
+
+Every node of every local graph is run on `meta`; ops are priced from the shapes that come out, collectives from
+the reshards that stand in the graph. The sums follow `core.sharding`'s formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autopar.codegen.collectives import ReduceGradients, Reshard
+from autopar.codegen.executable import Call, Executable
+from autopar.core.reshard import MOVES_DATA, Primitive
+from autopar.core.sharding import Priced
+from autopar.passes.capture import COMPUTE_DTYPE
+from autopar.passes.costs import MASTER_BYTES, work_of
+from autopar.passes.decision import Decision
+from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
+from autopar.passes.ops import Op
+from autopar.passes.problem import Setting, compute_dtype
+from autopar.core.spec import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes a device holds through the step, by kind; `transient` is the largest pair of gathered segments."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    transient: float
+
+    @property
+    def total(self) -> float:
+        """All kinds together."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+
+
+@dataclass(slots=True)
+class _Phase:
+    work: float = 0.0
+    inline: float = 0.0
+    hidden: float = 0.0
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one call comes to."""
+
+    forward: _Phase = field(default_factory=_Phase)
+    backward: _Phase = field(default_factory=_Phase)
+    saved: float = 0.0
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a local graph on `meta` and keeps every value; modules answer with the shape of their result."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.submodules[target]
+        if isinstance(module, Reshard):
+            return torch.empty(module.final_shape, dtype=module.dtype, device="meta")
+        if isinstance(module, ReduceGradients):
+            return args[0]
+        return module.result(*args)
+
+
+def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
+    """Seconds a step and bytes a device of a lowered program."""
+    cache: dict[int, _Tally] = {}
+    compute = inline = exposed = saved = 0.0
+    for call in executable.calls:
+        if id(call.lowered) not in cache:
+            cache[id(call.lowered)] = _tally(call, executable.decision, setting)
+        tally = cache[id(call.lowered)]
+        for phase in (tally.forward, tally.backward):
+            compute += phase.work
+            inline += phase.inline
+            exposed += max(0.0, phase.hidden - phase.work - phase.inline)
+        saved += tally.saved
+    memory, optimizer = _static(executable, setting, saved)
+    held = memory.total - memory.transient
+    return Priced(compute, inline, exposed, optimizer, held), memory
+
+
+def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
+    lowered = call.lowered
+    shapes = _Shapes(lowered.module)
+    with torch.no_grad():
+        shapes.run(*_arguments(call, decision), torch.empty((), dtype=torch.int64, device="meta"))
+    tally = _Tally()
+    by_op: dict[int, list[fx.Node]] = {}
+    for node in lowered.module.graph.nodes:
+        if "op" in node.meta:
+            by_op.setdefault(node.meta["op"], []).append(node)
+        elif node.op == "call_module":
+            _add_communication(node, shapes, tally, decision, setting)
+    for index, nodes in by_op.items():
+        _add_op(decision.context.segmented.ops[index], nodes, shapes, tally, decision, setting)
+    for node in lowered.segment.externals:
+        if node in decision.storage:
+            _add_gather(node, tally, decision, setting)
+    return tally
+
+
+def _arguments(call: Call, decision: Decision) -> list[Tensor]:
+    """The externals of the lowered segment on `meta`, as they arrive."""
+    factored = decision.context.segmented.factored
+    made = []
+    for node, placeholder in zip(call.lowered.segment.externals, call.lowered.module.graph.nodes, strict=False):
+        value = node.meta["val"]
+        spec = decision.sources.get(node, Spec(((),) * len(factored.flat(node))))
+        dtype = value.dtype
+        if node in decision.storage:
+            spec = decision.storage[node].spec(len(factored.flat(node)), node in decision.context.gradients)
+            mixed = factored.program.precision.endswith("-mixed") and dtype == COMPUTE_DTYPE[factored.program.precision]
+            dtype = torch.float32 if mixed else dtype
+        assert placeholder.op == "placeholder"
+        made.append(torch.empty(local_shape(factored, node, spec, decision.mesh), dtype=dtype, device="meta"))
+    return made
+
+
+def _add_communication(node: fx.Node, shapes: _Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+    module: nn.Module = shapes.submodules[str(node.target)]
+    if isinstance(module, ReduceGradients):
+        tensors = [shapes.env[n] for n in node.args[0]]  # type: ignore[union-attr]
+        trained = decision.context.gradients
+        names = {n.name for n in trained}
+        nbytes = sum(t.numel() * t.element_size() for n, t in zip(node.args[0], tensors, strict=True)  # type: ignore[arg-type]
+                     if n.name in names)
+        tally.backward.hidden += _bandwidth(setting, "all_reduce", module.axes, nbytes)
+        return
+    assert isinstance(module, Reshard)
+    parameter, differentiable = node.meta["reshard"]
+    for step, nbytes in zip(module.steps, module.nbytes, strict=True):
+        forward = setting.price(step.forward, step.axes, nbytes) if step.forward in MOVES_DATA else 0.0
+        backward = setting.price(step.backward, step.axes, nbytes) if step.backward in MOVES_DATA else 0.0
+        for phase, seconds in ((tally.forward, forward), (tally.backward, backward if differentiable else 0.0)):
+            if parameter:
+                phase.hidden += seconds
+            else:
+                phase.inline += seconds
+
+
+def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setting) -> None:
+    """The gathers of a parameter that rests sharded, and the scattered sum of its gradient."""
+    factored, storage = decision.context.segmented.factored, decision.storage[node]
+    trained = node in decision.context.gradients
+    spec = storage.spec(len(factored.flat(node)), trained)
+    elements = math.prod(local_factors(factored, node, spec, decision.mesh))
+    gathered = _bandwidth(setting, "all_gather", storage.gathered, elements * itemsize(node))
+    tally.forward.hidden += gathered
+    if trained:
+        master = 4 if factored.program.precision.endswith("-mixed") else itemsize(node)
+        scattered = _bandwidth(setting, "reduce_scatter", storage.gathered, elements * master)
+        tally.backward.hidden += gathered + scattered
+
+
+def _bandwidth(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nbytes: float) -> float:
+    return setting.price(primitive, axes, nbytes) - setting.price(primitive, axes, 0.0) if axes else 0.0
+
+
+def _add_op(op: Op, nodes: list[fx.Node], shapes: _Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+    inside = set(nodes)
+    read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n.name != "seed")
+    made = {node.meta["origin"]: node for node in nodes}
+    results = [shapes.env[made[r.node]] for r in op.results]
+    operands = [shapes.env[n] for n in read]
+    nbytes = float(sum(_nbytes(t) for t in [*operands, *results] if isinstance(t, Tensor)))
+    main = made[op.main]
+    read_by_main = [tuple(shapes.env[n].shape) for n in _tensors(main) if isinstance(shapes.env.get(n), Tensor)]
+    shape = tuple(results[0].shape) if results else ()
+    work = work_of(op.main, read_by_main, shape, nbytes, compute_dtype(op))
+    device = setting.cluster.devices[0]
+    through = any(r.node in decision.context.gradients for r in op.results)
+    tally.forward.work += work.forward_seconds(device)
+    tally.backward.work += work.backward_seconds(device) if through else 0.0
+    tally.saved += sum(_nbytes(t) for r, t in zip(op.results, results, strict=True) if r.node in decision.context.gradients)
+
+
+def _tensors(node: fx.Node) -> Iterable[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(node.args, found.append)
+    return found
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _static(executable: Executable, setting: Setting, saved: float) -> tuple[Memory, float]:
+    decision = executable.decision
+    factored = decision.context.segmented.factored
+    parameters = gradients = state = seconds = 0.0
+    for node, storage in decision.storage.items():
+        elements = whole_bytes(factored, node) / itemsize(node) / storage.resting_parts(decision.mesh)
+        parameters += elements * MASTER_BYTES
+        if node in decision.context.gradients:
+            gradients += elements * MASTER_BYTES
+            state += elements * setting.optimizer.state_bytes
+            seconds += elements * setting.optimizer.step_bytes / setting.cluster.devices[0].memory_bytes_per_s
+    gathers = [sum(whole_bytes(factored, n) for n in call.segment.externals
+                   if n in decision.storage and decision.storage[n].gathered) for call in executable.calls]
+    return Memory(parameters, gradients, state, saved, 2.0 * max(gathers, default=0.0)), seconds

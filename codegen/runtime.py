@@ -1,0 +1,235 @@
+"""The module a user trains: plain names outside, segments on local tensors inside."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from autopar.codegen.batches import Batches, Bound
+from autopar.codegen.communicator import Communicator
+from autopar.codegen.executable import Executable, seed_of
+from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
+from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
+from autopar.core.errors import AutoparError
+from autopar.passes.capture import COMPUTE_DTYPE
+from autopar.passes.decision import Decision
+from autopar.passes.strategies import Storage, storage_dims
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where a module runs: this rank's groups, torch's mesh, its device."""
+
+    communicator: Communicator
+    mesh: DeviceMesh
+    device: torch.device
+    constants: dict[int, dict[fx.Node, Tensor]] = field(default_factory=dict)
+
+
+class Body(nn.Module):
+    """All parameter groups and buffers; runs an executable. The root of FSDP2's modules."""
+
+    def __init__(self, groups: dict[str, tuple[ParameterGroup, ...]], shared: tuple[ParameterGroup, ...],
+                 buffers: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.by_segment = groups
+        self.shared = nn.ModuleList(shared)
+        self.groups = nn.ModuleList(g for each in groups.values() for g in each)
+        for name, buffer in buffers.items():
+            self.register_buffer(mangled(name), buffer)
+
+    def forward(self, executable: Executable, given: dict[fx.Node, Tensor], seed: tuple[int, int],
+                device: torch.device) -> dict[fx.Node, Tensor]:
+        def everything(held: dict[str, Tensor]) -> tuple[Any, ...]:
+            return (executable.run(given, seed_of(*seed, 0, device), self._caller(executable, held)),)
+
+        return nested(tuple(self.shared), everything, {}, ())[0]  # type: ignore[arg-type,return-value]
+
+    def _caller(self, executable: Executable, shared: dict[str, Tensor]) -> Any:
+        sources = executable.decision.context.segmented.factored.program.sources
+
+        def call(i: int, values: dict[fx.Node, Tensor], seed: Tensor) -> tuple[Tensor, ...]:
+            each = executable.calls[i]
+            names = [sources[n.name].name if n not in values else "" for n in each.segment.externals]
+            inputs = tuple(values[n] for n in each.segment.externals if n in values)
+
+            def run(held: dict[str, Tensor], *passed: Tensor) -> tuple[Tensor, ...]:
+                rest = iter(passed)
+                return each.lowered.module(*(held[name] if name else next(rest) for name in names), seed + i)  # type: ignore[no-any-return]
+
+            return nested(self.by_segment.get(each.segment.name, ()), run, shared, inputs)
+
+        return call
+
+
+class ParallelModule(nn.Module):
+    """The plain model, running as its plan says. Made by `autopar.compile`."""
+
+    def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches) -> None:
+        super().__init__()
+        self._site, self._batches = site, batches
+        self._names = [name for name, _ in plain.named_parameters()]
+        self._stored = stored_parameters(plain, decision)
+        self._buffer_names = [name for name, _ in plain.named_buffers()]
+        self._steps, self._seed = 0, torch.initial_seed() % 2**31
+        self._body = make_body(plain, decision, self._stored, site)
+        self._owner = {name: group for group in self._body.modules() if isinstance(group, ParameterGroup)
+                       for name in group.names}
+        self.train(plain.training)
+
+    def adopt(self, originals: dict[str, nn.Parameter]) -> None:
+        """Put the sharded parameters into these DTensor objects, which an optimizer may hold already."""
+        for name, original in originals.items():
+            group = self._owner[name]
+            torch.utils.swap_tensors(original, group.parameter(name))
+            group.register_parameter(mangled(name), original)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain model's forward; the loss is the mean over the global batch on every rank."""
+        bound = self._batches.bind(args, kwargs, self.training, self._site)
+        given = self._given(bound)
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            values = self._body(bound.executable, given, (self._seed, self._steps), self._site.device)
+        self._steps += self.training
+        return bound.output(values)
+
+    def _given(self, bound: Bound) -> dict[fx.Node, Tensor]:
+        program = bound.executable.decision.context.segmented.factored.program
+        constants = self._site.constants.setdefault(id(program), {
+            n: program.constants[n.name].to(self._site.device) for n in program.placeholders("constant")})
+        buffers = {n: self.get_buffer_called(program.sources[n.name].name) for n in program.placeholders("buffer")}
+        return {**constants, **buffers, **bound.inputs}
+
+    def get_buffer_called(self, name: str) -> Tensor:
+        """The buffer with the plain model's `name`."""
+        found: Tensor = getattr(self._body, mangled(name))
+        return found
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True,
+                         remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under the plain model's names, each once."""
+        for name in self._names:
+            yield f"{prefix}.{name}" if prefix else name, self._owner[name].parameter(name)  # type: ignore[misc]
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True,
+                      remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Buffers under the plain model's names."""
+        for name in self._buffer_names:
+            yield f"{prefix}.{name}" if prefix else name, self.get_buffer_called(name)
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Parameters, as DTensors, and buffers in plain names and shapes."""
+        state: dict[str, Any] = OrderedDict((n, to_plain(p, self._stored[n])) for n, p in self.named_parameters())
+        return state | {name: buffer.detach() for name, buffer in self.named_buffers()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load plain names and shapes, whole tensors or DTensors. Raises AutoparError naming what is missing or extra."""
+        wanted = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        missing, extra = sorted(set(wanted) - set(state_dict)), sorted(set(state_dict) - set(wanted) - self._tied())
+        if strict and (missing or extra):
+            raise AutoparError(f"state dict: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}; "
+                               "pass strict=False to load what fits")
+        for name in wanted.keys() & state_dict.keys():
+            stored, value = self._stored.get(name), state_dict[name]
+            shape = stored.shape if stored else tuple(wanted[name].shape)
+            if tuple(value.shape) != shape:
+                raise AutoparError(f"{name} has shape {tuple(value.shape)} in the state dict, needed is {shape}")
+            if stored:
+                load_plain(wanted[name], stored, value)
+            else:
+                wanted[name].copy_(value)
+        return nn.modules.module._IncompatibleKeys(missing, extra)
+
+    def _tied(self) -> set[str]:
+        """Names under which the plain model has a parameter a second time."""
+        return self._batches.other_names
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale gradients so that their norm over all parameters is at most `max_norm`; returns the norm before."""
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        total = torch.zeros((), dtype=torch.float32, device=self._site.device)
+        for grad in grads:
+            part = grad.to_local() if isinstance(grad, DTensor) else grad
+            total += part.float().square().sum() * _share(grad)
+        dist.all_reduce(total)
+        norm = total.sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(scale)
+        return norm
+
+    def extra_repr(self) -> str:
+        return f"mesh {self._site.communicator.mesh}, {len(self._names)} parameters"
+
+
+def _share(grad: Tensor) -> float:
+    """The inverse of how many ranks hold each element of `grad`."""
+    if not isinstance(grad, DTensor):
+        return 1.0 / dist.get_world_size()
+    parts = [grad.device_mesh.size(i) for i, p in enumerate(grad.placements) if isinstance(p, Shard)]
+    return float(torch.tensor(parts).prod()) / dist.get_world_size() if parts else 1.0 / dist.get_world_size()
+
+
+def stored_parameters(plain: nn.Module, decision: Decision) -> dict[str, Stored]:
+    """How each parameter rests; one that the program does not use is whole everywhere."""
+    factored = decision.context.segmented.factored
+    nodes = {factored.program.sources[n.name].name: n for n in decision.storage}
+    found = {}
+    for name, parameter in plain.named_parameters():
+        shape = tuple(parameter.shape)
+        if name in nodes:
+            node = nodes[name]
+            found[name] = Stored(name, shape, storage_dims(factored, node), factored.refined(node), decision.storage[node])
+        else:
+            whole = Storage(("R",) * len(decision.mesh.shape))
+            found[name] = Stored(name, shape, tuple((i,) for i in range(len(shape))), shape, whole)
+    return found
+
+
+def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], site: Site) -> Body:
+    """Shard the parameters of `plain` and wrap them for FSDP2, group by group."""
+    parameters = {name: at_rest(p.detach().to(site.device), stored[name], site.mesh, p.requires_grad)
+                  for name, p in plain.named_parameters()}
+    owner = _owners(decision)
+    members: dict[str, dict[tuple[int, ...], dict[str, nn.Parameter]]] = {}
+    for name, parameter in parameters.items():
+        axes = stored[name].storage.gathered
+        members.setdefault(owner.get(name, ""), {}).setdefault(axes, {})[name] = parameter
+    groups = {key: {axes: ParameterGroup(held) for axes, held in sets.items()} for key, sets in members.items()}
+    shared = groups.pop("", {})
+    buffers = {name: b.detach().to(site.device).clone() for name, b in plain.named_buffers()}
+    body = Body({key: tuple(sets.values()) for key, sets in groups.items()}, tuple(shared.values()), buffers)
+    _wrap_all(body, [*shared.items(), *(item for sets in groups.values() for item in sets.items())], stored, decision, site)
+    return body
+
+
+def _wrap_all(body: Body, groups: list[tuple[tuple[int, ...], ParameterGroup]], stored: dict[str, Stored],
+              decision: Decision, site: Site) -> None:
+    gathered = [(axes, group) for axes, group in groups if axes]
+    if not gathered:
+        return
+    precision = decision.context.segmented.factored.program.precision
+    dtype = COMPUTE_DTYPE[precision] if precision.endswith("-mixed") else None
+    for _, group in gathered:
+        wrap(group, {n: stored[n] for n in group.names}, decision.mesh, site.mesh, dtype, set())
+    rest = {p for axes, group in groups if not axes for p in group.parameters()}
+    wrap(body, {}, decision.mesh, site.mesh, dtype, rest)
+
+
+def _owners(decision: Decision) -> dict[str, str]:
+    """The segment that alone uses each parameter."""
+    sources = decision.context.segmented.factored.program.sources
+    users: dict[str, list[str]] = {}
+    for segment in decision.context.segmented.segments:
+        for node in segment.externals:
+            if node in decision.storage:
+                users.setdefault(sources[node.name].name, []).append(segment.name)
+    return {name: segments[0] for name, segments in users.items() if len(segments) == 1}

@@ -1,0 +1,85 @@
+"""How decisions print: `S01R = S01R X RR` for an op, `S0R` for a parameter at rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from autopar.core.mesh import Mesh
+from autopar.core.spec import Spec
+from autopar.passes.decision import Decision
+from autopar.passes.factors import Factored
+from autopar.passes.layout import from_base
+from autopar.passes.ops import Op, OpOperand
+from autopar.passes.strategies import storage_dims
+
+
+def merged(factored: Factored, node: fx.Node, spec: Spec) -> Spec:
+    """A spec over flat factors as one over the tensor's dims."""
+    axes = iter(spec.dims)
+    dims = tuple(tuple(sorted(a for _ in dim for a in next(axes))) for dim in factored.dims[node])
+    return Spec(dims, spec.partial)
+
+
+def op_text(decision: Decision, index: int) -> str:
+    """`output = input X weight` with (batch, channel) and (in, out) for matmul-like ops, specs by dim for others."""
+    op = decision.context.segmented.ops[index]
+    if op.contraction and len(op.results) == 1:
+        return _contraction_text(decision, op, index)
+    made = [str(merged(decision.context.segmented.factored, r.node, decision.sources[r.node])) for r in op.results]
+    read = [str(_operand_spec(decision, op, o, index)) for o in op.operands if o.node in decision.context.gradients]
+    return f"{', '.join(made)} = {', '.join(read)}" if read else ", ".join(made)
+
+
+def _operand_spec(decision: Decision, op: Op, operand: OpOperand, index: int) -> Spec:
+    factored = decision.context.segmented.factored
+    wanted = decision.context.wanted(op, operand, decision.assignments[index])
+    _, place = factored.base(operand.node)
+    return merged(factored, operand.node, from_base(wanted, place))
+
+
+def _contraction_text(decision: Decision, op: Op, index: int) -> str:
+    assignment = decision.assignments[index]
+    left, right = [o for o in op.operands if not o.additive][:2]
+    result = op.results[0]
+    columns = [k for k in result.keys or () if k in (right.keys or ()) and k not in (left.keys or ())]
+    rows = [k for k in result.keys or () if k not in columns]
+    inner = [k for k in right.keys or () if k not in columns and k not in rows]
+
+    def axes(keys: Iterable[str]) -> tuple[int, ...]:
+        wanted = set(keys)
+        return tuple(a for a, key in enumerate(assignment) if key in wanted)
+
+    partial = axes(inner)
+    output, first, second = (Spec((axes(rows), axes(columns)), partial), Spec((axes(rows), axes(inner))),
+                             Spec((axes(inner), axes(columns))))
+    return f"{output} = {first} X {second}"
+
+
+def parameter_text(decision: Decision, node: fx.Node) -> str:
+    """The spec of a parameter at rest, over the dims it is stored in."""
+    factored, storage, mesh = decision.context.segmented.factored, decision.storage[node], decision.mesh
+    dims = storage_dims(factored, node)
+    sizes = factored.refined(node)
+    axes: list[list[int]] = [[] for _ in dims]
+    for axis, state in enumerate(storage.states):
+        if isinstance(state, int):
+            axes[next(d for d, dim in enumerate(dims) if state in dim)].append(axis)
+    if storage.gathered and dims:
+        stored = [_product(sizes[i] for i in dim) for dim in dims]
+        axes[gather_dim(stored, [bool(a) for a in axes], mesh, storage.gathered)] += storage.gathered
+    return str(Spec(tuple(tuple(sorted(a)) for a in axes)))
+
+
+def gather_dim(sizes: list[int], taken: list[bool], mesh: Mesh, axes: tuple[int, ...]) -> int:
+    """The stored dim that is sharded over gathered axes: the first that is free and divides evenly, or the first."""
+    parts = mesh.extent(axes)
+    return next((d for d, size in enumerate(sizes) if not taken[d] and size % parts == 0), 0)
+
+
+def _product(sizes: Iterable[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
