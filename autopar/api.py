@@ -71,11 +71,11 @@ def compile(model: nn.Module, cluster: Cluster | str | None = None, *, inputs: I
     positional argument of a call. A `plan` skips solving. Raises AutoparError on every rank alike.
     """
     launch.init()
-    order = Order(_cluster(cluster), Request(type(model).__name__, mode, _shape(mesh), optimizer, memory_budget, solver),
-                  precision, loss_fn, plan, batch)
+    request = Request(type(model).__name__, mode, _shape(mesh), optimizer, memory_budget, solver)
+    order = Order(_cluster(cluster), request, precision, loss_fn, plan, batch)
     if order.cluster.size != dist.get_world_size():
-        raise AutoparError(f"cluster {order.cluster.name} has {order.cluster.size} devices, {dist.get_world_size()} ranks "
-                           "are running; start as many ranks as the cluster has devices, or name another cluster")
+        raise AutoparError(f"cluster {order.cluster.name} has {order.cluster.size} devices, {dist.get_world_size()} "
+                           "ranks are running; start as many ranks as the cluster has devices, or name another cluster")
     if inputs is None:
         return DeferredModule(model, order)
     return _compiled(model, arguments(inputs), order)
@@ -130,9 +130,10 @@ class Programs:
         return prepare(capture(model, self._call, self._order.precision, self._order.loss_fn))
 
     def planned(self, ctx: Context) -> Plan:
-        """The plan of rank 0. Raises AutoparError on all ranks when it can't be made, or ranks have different models."""
+        """Rank 0's plan. Raises AutoparError on all ranks when it can't be made, or ranks have different models."""
         if not all_equal(int(program_key(ctx), 16)):
-            raise AutoparError("the ranks captured different programs; build the same model with the same inputs on all")
+            raise AutoparError("the ranks captured different programs; build the same model with the same inputs on "
+                               "all")
         order = self._order
 
         def make() -> str:
@@ -141,8 +142,8 @@ class Programs:
 
         found = Plan.from_json(json.loads(launch.on_rank_zero(make)))
         if found.cluster_key != order.cluster.key() or found.program_key != program_key(ctx):
-            raise AutoparError(f"the plan is for program {found.program_key} on {found.cluster} ({found.cluster_key}), this "
-                               f"is {program_key(ctx)} on {order.cluster.name} ({order.cluster.key()}); plan again")
+            raise AutoparError(f"the plan is for program {found.program_key} on {found.cluster} ({found.cluster_key}), "
+                               f"this is {program_key(ctx)} on {order.cluster.name} ({order.cluster.key()}); plan again")
         return found
 
     def settle(self, training: bool, decision: Decision, communicator: Communicator) -> None:
@@ -222,8 +223,8 @@ class DeferredModule(nn.Module):
             made = self.__dict__.get("_made")
             if made:
                 return getattr(made[0], name)
-            raise AttributeError(f"{name} is there after the first call, which compiles the model; give inputs= to compile "
-                                 "ahead") from None
+            raise AttributeError(f"{name} is there after the first call, which compiles the model; give inputs= to "
+                                 "compile ahead") from None
 
     def _current(self) -> nn.Module:
         return self._made[0] if self._made else self._plain[0]

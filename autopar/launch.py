@@ -44,7 +44,8 @@ def init(rank: int | None = None, world_size: int | None = None, host: str | Non
         return
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend == "nccl" and not torch.cuda.is_available():
-        raise AutoparError("backend nccl needs a GPU, torch.cuda finds none on this machine; leave backend= out for gloo")
+        raise AutoparError("backend nccl needs a GPU, torch.cuda finds none on this machine; leave backend= out for "
+                           "gloo")
     given = _given(rank, world_size, host, port)
     launch = given or _launched()
     if backend == "nccl":
@@ -89,7 +90,8 @@ def local_cluster(world_size: int) -> Cluster:
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     kind = next((kind for words, kind in _KINDS if all(w in name for w in words)), None)
     if kind is None:
-        raise AutoparError(f"no preset describes {name!r}; pass cluster=, one of {[kind for _, kind in _KINDS]} or a file")
+        raise AutoparError(f"no preset describes {name!r}; pass cluster=, one of {[kind for _, kind in _KINDS]} or a "
+                           "file")
     if kind == "A100":
         kind = "A100-80GB" if memory > 60e9 else "A100-40GB"
     return Cluster.preset(f"{world_size}x{kind}")

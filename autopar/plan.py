@@ -58,7 +58,7 @@ class Bytes:
     @property
     def total(self) -> float:
         """All kinds together."""
-        return sum(getattr(self, f.name) for f in dataclasses.fields(self))
+        return float(sum(dataclasses.astuple(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,8 @@ class Plan:
         held = ", ".join(f"{f.name} {getattr(m, f.name) / GIB:.3f}" for f in dataclasses.fields(m))
         at_rest = sorted({p.spec for p in self.parameters})
         lines = [
-            f"mesh: {'x'.join(map(str, self.mesh))} of {self.cluster}, mode {self.mode}, {self.precision}, {self.optimizer}",
+            f"mesh: {'x'.join(map(str, self.mesh))} of {self.cluster}, mode {self.mode}, {self.precision}, "
+            f"{self.optimizer}",
             f"attention: {self.attention}" if self.attention else "",
             f"parameters at rest: {', '.join(at_rest)}",
             f"memory per device: {m.total / GIB:.3f} GiB ({held})",

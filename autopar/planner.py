@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -185,8 +185,8 @@ def decision_of(plan: Plan, ctx: Context) -> Decision:
 def _same(what: str, mine: Iterable[str], planned: Iterable[str]) -> None:
     lacking, extra = sorted(set(mine) - set(planned)), sorted(set(planned) - set(mine))
     if lacking or extra:
-        raise AutoparError(f"the plan is for another model: {what} it does not know: {lacking[:3] or 'none'}, {what} the "
-                           f"model lacks: {extra[:3] or 'none'}; plan this model again")
+        raise AutoparError(f"the plan is for another model: {what} it does not know: {lacking[:3] or 'none'}, {what} "
+                           f"the model lacks: {extra[:3] or 'none'}; plan this model again")
 
 
 def verify(plan: Plan, ctx: Context, cluster: Cluster) -> tuple[float, float]:
@@ -198,14 +198,15 @@ def verify(plan: Plan, ctx: Context, cluster: Cluster) -> tuple[float, float]:
         raise AutoparError(f"the plan is for cluster {plan.cluster} ({plan.cluster_key}), this is {cluster.name} "
                            f"({cluster.key()}); plan again for this one")
     if plan.program_key != program_key(ctx):
-        raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {program_key(ctx)}; the "
-                           "model, its input shapes or its precision differ: plan again")
+        raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {program_key(ctx)}; "
+                           "the model, its input shapes or its precision differ: plan again")
     setting = Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh)
     priced, memory = price_lowered(decision_of(plan, ctx), setting)
-    for what, claimed, found in (("seconds", plan.seconds.step, priced.seconds), ("bytes", plan.memory.total, memory.total)):
+    claims = (("seconds", plan.seconds.step, priced.seconds), ("bytes", plan.memory.total, memory.total))
+    for what, claimed, found in claims:
         if abs(claimed - found) > AGREEMENT * abs(found):
-            raise AutoparError(f"the plan claims {claimed:.9g} {what}, its lowered program comes to {found:.9g}; it was "
-                               "edited or made by another version: plan again")
+            raise AutoparError(f"the plan claims {claimed:.9g} {what}, its lowered program comes to {found:.9g}; it "
+                               "was edited or made by another version: plan again")
     return priced.seconds, memory.total
 
 
@@ -222,7 +223,8 @@ def solve_pinned(ctx: Context, cluster: Cluster, request: Request, shape: tuple[
     whole = Storage(("R",) * len(shape))
     pinned = {n.name: stored.get(sources[n.name].name, whole) for n in ctx.parameters()}
     setting = request.setting(cluster, shape, pinned)
-    problem = build(ctx, Setting(setting.mesh, cluster, _relaxed(setting.mode), setting.optimizer, float("inf"), pinned))
+    relaxed = replace(setting, mode=_relaxed(setting.mode), budget=float("inf"))
+    problem = build(ctx, relaxed)
     return problem.decide(optimise(problem.instance, request.solver).choices)
 
 

@@ -33,7 +33,8 @@ class NotKept:
 
     def __getitem__(self, key: Any) -> Any:
         kept = object.__getattribute__(self, "_name")
-        raise AutoparError(f"output {kept!r} is not kept (asked for [{key!r}]): compile with returns=\"all\" to have it")
+        raise AutoparError(f"output {kept!r} is not kept (asked for [{key!r}]): compile with returns=\"all\" to have "
+                           "it")
 
     def __repr__(self) -> str:
         return f"<output {object.__getattribute__(self, '_name')} not kept: returns=\"loss\">"
@@ -94,8 +95,8 @@ class Batches:
             return "local"
         wanted = {"global": f"{planned}", "local": f"{local}", None: f"{planned} (the whole batch on every rank) or "
                   f"{local} (its own part on each)"}[self.kind]
-        raise AutoparError(f"inputs of shapes {found} fit no rule of the plan, which takes {wanted}; pass such a batch, or "
-                           "compile again with inputs= of the new shapes")
+        raise AutoparError(f"inputs of shapes {found} fit no rule of the plan, which takes {wanted}; pass such a "
+                           "batch, or compile again with inputs= of the new shapes")
 
     def _check_equal(self, leaves: list[Any], shapes: Shapes) -> None:
         """Once a shape: ranks that pass the whole batch must pass the same."""
@@ -103,17 +104,21 @@ class Batches:
             return
         self.checked.add(shapes)
         if not all_equal(digest(leaves)):
-            raise AutoparError(f"every rank passed a batch of the global shapes {list(shapes)}, but their data differ; pass "
-                               "the same whole batch on all ranks, or each rank's own part of it")
+            raise AutoparError(f"every rank passed a batch of the global shapes {list(shapes)}, but their data "
+                               "differ; pass the same whole batch on all ranks, or each rank's own part of it")
 
 
 def digest(leaves: list[Any]) -> int:
     """A number that tells different data apart."""
     found = hashlib.sha256()
     for leaf in leaves:
-        whole = leaf.detach().cpu().contiguous() if isinstance(leaf, Tensor) else None
-        found.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes() if whole is not None else repr(leaf).encode())
+        found.update(_raw(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
     return int.from_bytes(found.digest()[:7], "big")
+
+
+def _raw(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def all_equal(number: int) -> bool:
@@ -128,8 +133,8 @@ def _flat(args: tuple[Any, ...], kwargs: dict[str, Any], spec: pytree.TreeSpec) 
     """The inputs in the program's order, keyword arguments whatever their order."""
     wanted = list(spec.children()[1].context)
     if set(wanted) != set(kwargs):
-        raise AutoparError(f"the call has keyword arguments {sorted(kwargs)}, the plan was made for {sorted(wanted)}; pass "
-                           "the same arguments as in inputs=")
+        raise AutoparError(f"the call has keyword arguments {sorted(kwargs)}, the plan was made for "
+                           f"{sorted(wanted)}; pass the same arguments as in inputs=")
     return pytree.tree_leaves((args, {name: kwargs[name] for name in wanted}))
 
 
@@ -153,6 +158,7 @@ def _names(spec: pytree.TreeSpec) -> list[str]:
     if spec.is_leaf():
         return ["output"]
     children = spec.children()
-    labels = [str(k) for k in keys] if keys and len(keys) == len(children) else [f"output[{i}]" for i in range(len(children))]
+    named = keys is not None and len(keys) == len(children)
+    labels = [str(k) for k in keys or ()] if named else [f"output[{i}]" for i in range(len(children))]
     return [label if child.is_leaf() else f"{label}.{name}" for label, child in zip(labels, children, strict=True)
             for name in _names(child)]

@@ -67,10 +67,10 @@ class Reshard(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` of as many elements as `shapes[0]`; the result has `final_shape`."""
         assert x.dtype == self.dtype, f"{self} got {x.dtype}"
-        x = x.reshape(self.shapes[0])
+        x = x if x.shape == self.shapes[0] else x.reshape(self.shapes[0])
         for step, group in zip(self.steps, self.groups, strict=True):
             x = convert(x, step, group) if group.size > 1 else x
-        return x.reshape(self.final_shape)
+        return x if x.shape == self.final_shape else x.reshape(self.final_shape)
 
     def extra_repr(self) -> str:
         steps = [f"{step.source}->{step.target} over {step.axes} by {step.forward}, {step.backward}"

@@ -14,7 +14,10 @@ from autopar.codegen.lower import Lowered, Target, lower
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
 from autopar.passes.decision import Decision
+from autopar.passes.ops import Op
 from autopar.passes.segments import Segment
+
+Values = dict[fx.Node, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,7 @@ class Executable:
     calls: tuple[Call, ...]
     freed: tuple[tuple[fx.Node, ...], ...]
 
-    def run(self, given: dict[fx.Node, Tensor], seed: Tensor, call: Callable[..., tuple[Tensor, ...]]) -> dict[fx.Node, Tensor]:
+    def run(self, given: Values, seed: Tensor, call: Callable[..., tuple[Tensor, ...]]) -> Values:
         """The program's outputs; `given` are inputs, constants and buffers, `call(i, values, seed)` runs segment i."""
         values = dict(given)
         outputs = set(self.outputs)
@@ -84,7 +87,8 @@ def _exported(decision: Decision) -> set[fx.Node]:
     return outputs | {n for s in decision.context.segmented.segments for n in s.externals if n in decision.sources}
 
 
-def _places(ops: tuple[Any, ...], segments: tuple[Segment, ...], exported: set[fx.Node]) -> dict[int, list[tuple[int, int]]]:
+def _places(ops: tuple[Op, ...], segments: tuple[Segment, ...],
+            exported: set[fx.Node]) -> dict[int, list[tuple[int, int]]]:
     """By class, (op, result) of everything that some segment of the class exports."""
     found: dict[int, dict[tuple[int, int], None]] = {}
     for segment in segments:
@@ -111,7 +115,7 @@ def _returned(exports: tuple[fx.Node, ...], decision: Decision) -> tuple[bool, .
 def _freed(calls: tuple[Call, ...]) -> tuple[tuple[fx.Node, ...], ...]:
     last: dict[fx.Node, int] = {}
     for i, call in enumerate(calls):
-        last.update({n: i for n in (*call.segment.externals, *call.exports)})
+        last.update(dict.fromkeys((*call.segment.externals, *call.exports), i))
     return tuple(tuple(n for n, i in last.items() if i == place) for place in range(len(calls)))
 
 

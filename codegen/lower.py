@@ -205,7 +205,7 @@ class _Lowering:
                 seen[n] = seen.get(n, 0) + 1
                 return self._value(n, self.context.wanted(op, operand, assignment))
 
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), argument)  # type: ignore[misc]
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), argument)
             inside[node] = self._emit(node, args, kwargs, op, index)
         for result in op.results:
             self.sources[result.node] = self.decision.sources[result.node]

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from autopar.core.mesh import Mesh
-from autopar.passes.strategies import Storage
+from autopar.passes.strategies import Storage, gather_dim
 
 Shape = tuple[int, ...]
 
@@ -35,13 +35,15 @@ class Stored:
     def placement(self, axis: int) -> Placement:
         """What `axis` does to it at rest, gathering aside."""
         state = self.storage.states[axis]
-        return Shard(next(d for d, dim in enumerate(self.dims) if state in dim)) if isinstance(state, int) else Replicate()
+        if not isinstance(state, int):
+            return Replicate()
+        return Shard(next(d for d, dim in enumerate(self.dims) if state in dim))
 
     def gather_dim(self, mesh: Mesh) -> int:
-        """The stored dim that is sharded over the gathered axes: one that divides evenly, or the first."""
-        taken = {d for d, dim in enumerate(self.dims) if any(s in dim for s in self.storage.states)}
-        parts = mesh.extent(self.storage.gathered)
-        return next((d for d, size in enumerate(self.stored_shape) if d not in taken and size % parts == 0), 0)
+        """The stored dim that is sharded over the gathered axes."""
+        found = gather_dim(self.dims, self.sizes, self.storage, mesh)
+        assert found is not None, f"{self.name} has no dim to gather {self.storage} over {mesh}"
+        return found
 
 
 def device_mesh(mesh: Mesh, kind: str) -> DeviceMesh:
@@ -84,7 +86,7 @@ def to_plain(parameter: Tensor, stored: Stored) -> Tensor:
     placements = [Shard(keep[p.dim]) if isinstance(p, Shard) and keep[p.dim] is not None else Replicate()  # type: ignore[arg-type]
                   for p in parameter.placements]
     before = [p if isinstance(q, Shard) else Replicate() for p, q in zip(parameter.placements, placements, strict=True)]
-    whole = parameter.detach().redistribute(placements=before).to_local()
+    whole = parameter.redistribute(placements=before).to_local().detach()
     shape = list(stored.shape)
     for axis, placement in enumerate(placements):
         if isinstance(placement, Shard):

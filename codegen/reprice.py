@@ -18,13 +18,13 @@ from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.executable import Call, Executable
 from autopar.core.reshard import MOVES_DATA, Primitive
 from autopar.core.sharding import Priced
+from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.costs import MASTER_BYTES, work_of
 from autopar.passes.decision import Decision
 from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
 from autopar.passes.ops import Op
 from autopar.passes.problem import Setting, compute_dtype
-from autopar.core.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +132,8 @@ def _arguments(call: Call, decision: Decision) -> list[Tensor]:
 def _add_communication(node: fx.Node, shapes: _Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
-        tensors = [shapes.env[n] for n in node.args[0]]  # type: ignore[union-attr]
-        trained = decision.context.gradients
-        names = {n.name for n in trained}
-        nbytes = sum(t.numel() * t.element_size() for n, t in zip(node.args[0], tensors, strict=True)  # type: ignore[arg-type]
-                     if n.name in names)
+        names = {n.name for n in decision.context.gradients}
+        nbytes = sum(_nbytes(shapes.env[n]) for n in node.all_input_nodes if n.name in names)
         tally.backward.hidden += _bandwidth(setting, "all_reduce", module.axes, nbytes)
         return
     assert isinstance(module, Reshard)
@@ -184,7 +181,8 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: _Shapes, tally: _Tally, decisi
     through = any(r.node in decision.context.gradients for r in op.results)
     tally.forward.work += work.forward_seconds(device)
     tally.backward.work += work.backward_seconds(device) if through else 0.0
-    tally.saved += sum(_nbytes(t) for r, t in zip(op.results, results, strict=True) if r.node in decision.context.gradients)
+    made_here = zip(op.results, results, strict=True)
+    tally.saved += sum(_nbytes(t) for r, t in made_here if r.node in decision.context.gradients)
 
 
 def _tensors(node: fx.Node) -> Iterable[fx.Node]:

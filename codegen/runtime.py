@@ -71,7 +71,9 @@ class Body(nn.Module):
 
 
 class ParallelModule(nn.Module):
-    """The plain model, running as its plan says. Made by `autopar.compile`."""
+    """The plain model, running as its `plan` says. Made by `autopar.compile`."""
+
+    plan: Any
 
     def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches) -> None:
         super().__init__()
@@ -125,13 +127,13 @@ class ParallelModule(nn.Module):
         for name in self._buffer_names:
             yield f"{prefix}.{name}" if prefix else name, self.get_buffer_called(name)
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         """Parameters, as DTensors, and buffers in plain names and shapes."""
         state: dict[str, Any] = OrderedDict((n, to_plain(p, self._stored[n])) for n, p in self.named_parameters())
         return state | {name: buffer.detach() for name, buffer in self.named_buffers()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load plain names and shapes, whole tensors or DTensors. Raises AutoparError naming what is missing or extra."""
+        """Load plain names and shapes, whole tensors or DTensors. Raises AutoparError naming what doesn't fit."""
         wanted = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         missing, extra = sorted(set(wanted) - set(state_dict)), sorted(set(state_dict) - set(wanted) - self._tied())
         if strict and (missing or extra):
@@ -187,7 +189,8 @@ def stored_parameters(plain: nn.Module, decision: Decision) -> dict[str, Stored]
         shape = tuple(parameter.shape)
         if name in nodes:
             node = nodes[name]
-            found[name] = Stored(name, shape, storage_dims(factored, node), factored.refined(node), decision.storage[node])
+            dims, sizes = storage_dims(factored, node), factored.refined(node)
+            found[name] = Stored(name, shape, dims, sizes, decision.storage[node])
         else:
             whole = Storage(("R",) * len(decision.mesh.shape))
             found[name] = Stored(name, shape, tuple((i,) for i in range(len(shape))), shape, whole)
@@ -207,7 +210,8 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
     shared = groups.pop("", {})
     buffers = {name: b.detach().to(site.device).clone() for name, b in plain.named_buffers()}
     body = Body({key: tuple(sets.values()) for key, sets in groups.items()}, tuple(shared.values()), buffers)
-    _wrap_all(body, [*shared.items(), *(item for sets in groups.values() for item in sets.items())], stored, decision, site)
+    every = [*shared.items(), *(item for sets in groups.values() for item in sets.items())]
+    _wrap_all(body, every, stored, decision, site)
     return body
 
 

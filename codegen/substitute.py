@@ -126,7 +126,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def keep_mask(index: Tensor, seed: Tensor, salt: int, rate: float) -> Tensor:
-    """Which elements dropout keeps: a function of the element's global `index`, the step's `seed` and the op's `salt`."""
+    """Which elements dropout keeps: a function of their global `index`, the step's `seed` and the op's `salt`."""
     start = _mixed((seed + salt * 0x9E3779B1) & _MASK32)
     drawn = _mixed(_mixed((index & _MASK32) ^ start) ^ (index >> 32) & _MASK32)
     return drawn >= int(rate * 2**32)

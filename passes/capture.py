@@ -51,7 +51,8 @@ class Program:
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`."""
-        return next(n for n in self.graph.nodes if n.name == name)
+        found: fx.Node = next(n for n in self.graph.nodes if n.name == name)
+        return found
 
     def placeholders(self, kind: Kind) -> list[fx.Node]:
         """The placeholders that stand for `kind`, in order."""
@@ -144,11 +145,12 @@ def keep_loss(program: Program) -> Program:
     Raises AutoparError when the model makes no scalar.
     """
     outputs = program.outputs
-    scalars = [o for o in outputs if isinstance(o, fx.Node) and o.meta["val"].ndim == 0 and o.meta["val"].is_floating_point()]
+    tensors = [o for o in outputs if isinstance(o, fx.Node) and isinstance(o.meta["val"], Tensor)]
+    scalars = [o for o in tensors if o.meta["val"].ndim == 0 and o.meta["val"].is_floating_point()]
     if not scalars:
-        shapes = ", ".join(str(tuple(o.meta["val"].shape)) for o in outputs if isinstance(o, fx.Node))
-        raise AutoparError(f"the model's outputs have shapes {shapes} and none is a scalar loss; pass the labels so that "
-                           "it returns its loss, or give loss_fn=")
+        shapes = ", ".join(str(tuple(o.meta["val"].shape)) for o in tensors)
+        raise AutoparError(f"the model's outputs have shapes {shapes} and none is a scalar loss; pass the labels so "
+                           "that it returns its loss, or give loss_fn=")
     output = next(iter(reversed(program.graph.nodes)))
     output.args = (tuple(o if o is scalars[0] else None for o in outputs),)
     return program

@@ -46,7 +46,7 @@ def _evaluate(program: Program) -> dict[fx.Node, Any]:
     for node in program.graph.nodes:
         constant = node.op == "call_function" and all(i in values for i in node.all_input_nodes)
         if constant and node.target not in RANDOM:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[misc]
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
             values[node] = node.target(*_on_cpu(args), **_on_cpu(kwargs))
     return values
 

@@ -173,7 +173,8 @@ def permutation(node: fx.Node) -> tuple[int, ...]:
     rank = len(shape(node))
     order = list(range(rank))
     if node.target is aten.permute.default:
-        return tuple(d % rank for d in node.args[1])  # type: ignore[union-attr]
+        dims: Any = node.args[1]
+        return tuple(d % rank for d in dims)
     if node.target is aten.transpose.int:
         i, j = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
         order[i], order[j] = order[j], order[i]
@@ -184,8 +185,8 @@ def permutation(node: fx.Node) -> tuple[int, ...]:
 def split_dim(node: fx.Node) -> int:
     """The dim that a split or chunk node takes apart."""
     source = node.args[0]
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    return int(dim) % len(shape(source))  # type: ignore[call-overload,no-any-return]
+    dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    return int(dim) % len(shape(source))
 
 
 def _rename_part(node: fx.Node, found: _Analysis) -> bool:

@@ -65,7 +65,7 @@ def _changes_nothing(node: fx.Node) -> bool:
 
 
 def _idle_dropout(node: fx.Node) -> bool:
-    return node.target in DROPOUTS and (node.args[1] == 0.0 or not node.args[2])
+    return node.target in DROPOUTS and bool(node.args[1] == 0.0 or not node.args[2])
 
 
 def _to_plain_cast(node: fx.Node) -> None:

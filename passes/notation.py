@@ -6,13 +6,12 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
 from autopar.passes.decision import Decision
 from autopar.passes.factors import Factored
 from autopar.passes.layout import from_base
 from autopar.passes.ops import Op, OpOperand
-from autopar.passes.strategies import storage_dims
+from autopar.passes.strategies import gather_dim, storage_dims
 
 
 def merged(factored: Factored, node: fx.Node, spec: Spec) -> Spec:
@@ -67,19 +66,6 @@ def parameter_text(decision: Decision, node: fx.Node) -> str:
         if isinstance(state, int):
             axes[next(d for d, dim in enumerate(dims) if state in dim)].append(axis)
     if storage.gathered and dims:
-        stored = [_product(sizes[i] for i in dim) for dim in dims]
-        axes[gather_dim(stored, [bool(a) for a in axes], mesh, storage.gathered)] += storage.gathered
+        axes[gather_dim(dims, sizes, storage, mesh) or 0] += storage.gathered
     return str(Spec(tuple(tuple(sorted(a)) for a in axes)))
 
-
-def gather_dim(sizes: list[int], taken: list[bool], mesh: Mesh, axes: tuple[int, ...]) -> int:
-    """The stored dim that is sharded over gathered axes: the first that is free and divides evenly, or the first."""
-    parts = mesh.extent(axes)
-    return next((d for d, size in enumerate(sizes) if not taken[d] and size % parts == 0), 0)
-
-
-def _product(sizes: Iterable[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

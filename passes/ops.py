@@ -19,7 +19,6 @@ from autopar.passes.normalize import is_update, value_of
 from autopar.passes.rules.notation import is_unit
 from autopar.passes.rules.table import CONTRACTIONS, is_pointwise, shape, tensor_operands
 
-
 Role = Literal["batch", "data", "model"]
 
 

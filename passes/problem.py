@@ -17,7 +17,7 @@ from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segmen
 from autopar.core.spec import Spec
 from autopar.passes.costs import MASTER_BYTES, Optimizer, Work, work_of
 from autopar.passes.decision import Context, Decision
-from autopar.passes.layout import based, itemsize, local_bytes, local_shape, whole_bytes
+from autopar.passes.layout import based, from_base, itemsize, local_bytes, local_shape, whole_bytes
 from autopar.passes.ops import Op, is_parameter
 from autopar.passes.segments import Segment as ProgramSegment
 from autopar.passes.strategies import Assignment, Mode, Storage, assignments, storages
@@ -70,9 +70,7 @@ def op_work(context: Context, op: Op, assignment: Assignment, mesh: Mesh) -> Wor
     factored = context.segmented.factored
     operands, nbytes = [], 0.0
     for operand in op.operands:
-        base, index = factored.base(operand.node)
-        wanted = context.wanted(op, operand, assignment)
-        spec = Spec(tuple(wanted.dims[i] for i in index), wanted.partial, wanted.grad_partial)
+        spec = from_base(context.wanted(op, operand, assignment), factored.base(operand.node)[1])
         operands.append(local_shape(factored, operand.node, spec, mesh))
         nbytes += local_bytes(factored, operand.node, spec, mesh)
     results = [(r.node, context.emitted(op, r, assignment)) for r in op.results]
@@ -266,7 +264,8 @@ class _Builder:
             specs: dict[Spec, int] = {}
             sources = tuple(specs.setdefault(self.context.emitted(op, result, a), len(specs))  # type: ignore[arg-type]
                             for a in self.options[number])
-            paths = [[cheapest_path(s, t, self.setting.mesh, cargo, self.setting.price) for t in targets] for s in specs]
+            mesh, price = self.setting.mesh, self.setting.price
+            paths = [[cheapest_path(s, t, mesh, cargo, price) for t in targets] for s in specs]
             table = [[(path.forward, path.backward) for path in row] for row in paths]
         forward = tuple(tuple(f for f, _ in row) for row in table)
         backward = tuple(tuple(b for _, b in row) for row in table)
@@ -279,5 +278,6 @@ def check_batch(context: Context, setting: Setting) -> None:
     shapes = [tuple(n.meta["val"].shape) for n in program.placeholders("input")]
     batch = shapes[0][0] if shapes and shapes[0] else 1
     if setting.mode.batch_always and batch % setting.mesh.size:
+        next_batch = -(-batch // setting.mesh.size) * setting.mesh.size
         raise AutoparError(f"the batch of {batch} does not divide over {setting.mesh.size} devices, as this mode needs; "
-                           f"use a batch of {-(-batch // setting.mesh.size) * setting.mesh.size} or another mode")
+                           f"use a batch of {next_batch} or another mode")

@@ -88,7 +88,7 @@ def _signature(ops: list[Op], factored: Factored) -> tuple[tuple[fx.Node, ...], 
         dims = tuple(tuple((factored.sizes[f], roles.get(f)) for f in dim) for dim in factored.dims[node])
         return ("external", number, kind, dims, str(value.dtype), tuple(value.shape))
 
-    described = []
+    described: list[Any] = []
     for op in ops:
         for node in op.nodes:
             described.append((str(node.target), _plain(node), tuple(refer(n) for n in node.all_input_nodes)))
@@ -99,7 +99,7 @@ def _signature(ops: list[Op], factored: Factored) -> tuple[tuple[fx.Node, ...], 
 
 def _plain(node: fx.Node) -> str:
     """The arguments of a node with its tensors' names left out."""
-    return str(fx.map_arg((node.args, dict(node.kwargs)), lambda _: "tensor"))  # type: ignore[arg-type]
+    return str(fx.map_arg((node.args, dict(node.kwargs)), lambda _: "tensor"))
 
 
 def annotate(program: Any) -> Segmented:

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import fx
 
@@ -20,7 +19,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec, State, from_states
 from autopar.passes.factors import Factored
 from autopar.passes.normalize import value_of
-from autopar.passes.ops import Factor, Op, OpOperand, Role
+from autopar.passes.ops import Op, OpOperand, Role
 
 Assignment = tuple[str, ...]
 """For each axis the key of a factor, or `R`, or `G`."""
@@ -35,7 +34,7 @@ class Mode:
 
     roles: frozenset[Role]
     batch_always: bool
-    storage: frozenset[Literal["R", "Z", "S"]]
+    storage: frozenset[str]
     most_axes: int
 
 
@@ -128,7 +127,7 @@ def _result_state(result: OpOperand, key: str, gradient: bool) -> State:
 class Storage:
     """How a parameter rests: per axis `R`, `Z`, or the flat factor it is sharded on as it is used."""
 
-    states: tuple[int | Literal["R", "Z"], ...]
+    states: tuple[int | str, ...]
 
     def __str__(self) -> str:
         return ",".join(map(str, self.states))
@@ -145,12 +144,13 @@ class Storage:
     def spec(self, rank: int, trained: bool) -> Spec:
         """The spec of the gathered parameter of `rank` flat factors: what was gathered has its gradient summed."""
         gathered: State = "G" if trained else "R"
-        return from_states(tuple(gathered if state == "Z" else state for state in self.states), rank)
+        resting: dict[int | str, State] = {"Z": gathered, "R": "R"}
+        return from_states(tuple(s if isinstance(s, int) else resting[s] for s in self.states), rank)
 
 
 def parse_storage(text: str) -> Storage:
     """The inverse of `str(Storage)`."""
-    return Storage(tuple(int(part) if part.isdigit() else part for part in text.split(",")))  # type: ignore[misc]
+    return Storage(tuple(int(part) if part.isdigit() else part for part in text.split(",")))
 
 
 def storage_dims(factored: Factored, node: fx.Node) -> tuple[tuple[int, ...], ...]:
@@ -178,14 +178,25 @@ def storages(factored: Factored, node: fx.Node, users: list[tuple[Op, OpOperand]
     used = {i for op, operand in users for i, key in enumerate(operand.keys or ())
             if op.factor(key).shardable and op.factor(key).role in mode.roles}
     sharded = [i for i in sorted(used & set(leading)) if factored.flat(node)[i] not in factored.selected]
-    options: list[int | Literal["R", "Z"]] = [s for s in ("R", "Z") if s in mode.storage]  # type: ignore[misc]
+    options: list[int | str] = [s for s in ("R", "Z") if s in mode.storage]
     options += sharded if "S" in mode.storage else []
     sizes = factored.refined(node)
     for states in itertools.product(options, repeat=len(mesh.shape)):
         found = Storage(states)
         cut = {s for s in states if isinstance(s, int)}
         divides = all(sizes[i] % mesh.extent(tuple(a for a, s in enumerate(states) if s == i)) == 0 for i in cut)
-        if divides and not (cut and found.gathered and len(dims) < 2):
+        if divides and not (found.gathered and gather_dim(dims, sizes, found, mesh) is None):
             yield found
+
+
+def gather_dim(dims: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], storage: Storage, mesh: Mesh) -> int | None:
+    """The stored dim that is cut over the gathered axes: one that is whole otherwise and divides evenly.
+
+    Failing that the first, in uneven parts; None where that is taken. A scalar can't be cut.
+    """
+    free = [d for d, dim in enumerate(dims) if not any(state in dim for state in storage.states)]
+    parts = mesh.extent(storage.gathered)
+    even = [d for d in free if math.prod(sizes[i] for i in dims[d]) % parts == 0]
+    return next(iter(even), 0 if 0 in free else None)
 
 

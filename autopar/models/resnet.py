@@ -56,7 +56,8 @@ class BasicBlock(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.relu(out + shortcut)
+        joined: Tensor = self.relu(out + shortcut)
+        return joined
 
 
 class Bottleneck(nn.Module):
@@ -81,7 +82,8 @@ class Bottleneck(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.relu(out + shortcut)
+        joined: Tensor = self.relu(out + shortcut)
+        return joined
 
 
 class ResNet(nn.Module):
@@ -112,7 +114,8 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in range(4):
             x = self.get_submodule(f"layer{stage + 1}")(x)
-        return self.fc(self.avgpool(x).flatten(1))
+        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return logits
 
 
 def resnet(name: str) -> ResNet:

@@ -32,7 +32,8 @@ class Rule:
     whole: frozenset[str] = field(default_factory=frozenset)
     special: frozenset[str] = field(default_factory=frozenset)
 
-    def bind(self, ranks: tuple[int, ...], result_ranks: tuple[int, ...]) -> tuple[list[Operand], list[tuple[str, ...]]]:
+    def bind(self, ranks: tuple[int, ...],
+             result_ranks: tuple[int, ...]) -> tuple[list[Operand], list[tuple[str, ...]]]:
         """The letters for operands of these ranks; operands the call left out are dropped from the end."""
         left, right = (side.strip() for side in self.notation.split("->"))
         operands = [_operand(text, rank) for text, rank in zip(left.split(","), ranks, strict=False)]
@@ -59,7 +60,7 @@ def _expand(tokens: list[str], rank: int) -> tuple[str, ...]:
         return tuple(tokens)
     at = tokens.index("...")
     inner = [f"e{i}" for i in range(rank - len(tokens) + 1)]
-    return tuple([*tokens[:at], *inner, *tokens[at + 1:]])
+    return (*tokens[:at], *inner, *tokens[at + 1:])
 
 
 def is_unit(letter: str) -> bool:

@@ -19,7 +19,7 @@ _REDUCTION_MEAN = 1
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
     """The tensor arguments of `node` in order of appearance, repeated if passed twice."""
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) if value_of(n) is not None else None)  # type: ignore[misc]
+    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) if value_of(n) is not None else None)
     return found
 
 
@@ -119,17 +119,14 @@ def _pooling(node: fx.Node) -> Rule | None:
 def _along(position: int, default: int = 0) -> RuleMaker:
     """An op that works along one dim (softmax, slice, cat): that dim is whole, the others pass through."""
     def make(node: fx.Node) -> Rule | None:
-        out = shape(node)
-        dim = argument(node, position, "dim", default) % len(out)
-        names = letters("o", len(out))
-        operands = [names] * len(tensor_operands(node))
-        changed = [[("x" if i == dim else n) for i, n in enumerate(operand)] for operand in operands]
-        same = shape(tensor_operands(node)[0]) == out
-        if any(len(shape(operand)) != len(out) for operand in tensor_operands(node)):
+        out, operands = shape(node), tensor_operands(node)
+        dim = argument(node, position, "dim", default) % max(len(out), 1)
+        if any(len(shape(operand)) != len(out) for operand in operands):
             return None
-        left = ", ".join(" ".join(o if same else [f"{n}{i}" if n == "x" else n for n in o]) for i, o in enumerate(changed))
-        right = " ".join(changed[0] if same else names)
-        return rule(f"{left} -> {right}", whole=" ".join(["x", names[dim], *(f"x{i}" for i in range(len(operands)))]))
+        names = letters("o", len(out))
+        along = [names[dim] if shape(operand) == out else f"x{i}" for i, operand in enumerate(operands)]
+        left = [" ".join([*names[:dim], own, *names[dim + 1:]]) for own in along]
+        return rule(f"{', '.join(left)} -> {' '.join(names)}", whole=" ".join([names[dim], *along]))
     return make
 
 
