@@ -19,7 +19,7 @@ from autopar.core.spec import State
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum of all ranks' `x`; of booleans, whether any is set."""
-    return private.all_reduce(_countable(x), group.name).to(x.dtype)
+    return private.all_reduce(_countable(x), group.name).to(x.dtype) if group.size > 1 else x
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:

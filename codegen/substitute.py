@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from autopar.codegen.batch_norm import Normalize, statistics
 from autopar.codegen.collectives import convert
 from autopar.codegen.communicator import Communicator, Group
 from autopar.codegen.primitives import all_reduce
@@ -52,8 +53,7 @@ class Site:
 class BatchNorm(nn.Module):
     """Batch norm whose statistics are those of the whole batch, running statistics whole on every rank.
 
-    x (N/n, C/c, …) local; weight and bias (C/c); running mean and variance (C). Two sums travel: of the values, then
-    of the squared distances to their mean, which loses less than the difference of two large numbers.
+    x (N/n, C/c, …) local; weight and bias (C/c); running mean and variance (C).
     """
 
     def __init__(self, samples: tuple[int, ...], channels: tuple[int, ...], site: Site) -> None:
@@ -65,26 +65,16 @@ class BatchNorm(nn.Module):
                 training: bool, momentum: float, eps: float, _: bool) -> Tensor:
         if not training:
             return F.batch_norm(x, self._part(mean), self._part(variance), weight, bias, False, momentum, eps)
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.numel() // x.shape[1] * self.sample_group.size
-        center = self._sum(x.sum(dims)) / count
-        centered = x - center.view(shape)
-        spread = self._sum(centered.square().sum(dims)) / count
         with torch.no_grad():
+            center, spread, count = found = statistics(x, self.sample_group)
             mean.lerp_(self._whole(center).to(mean.dtype), momentum)
-            variance.lerp_(self._whole(spread).to(variance.dtype) * (count / max(count - 1, 1)), momentum)
-        normal = centered * (spread + eps).rsqrt().view(shape)
-        if weight is not None:
-            normal = normal * weight.view(shape)
-        return normal if bias is None else normal + bias.view(shape)
+            variance.lerp_(self._whole(spread * (count / max(count - 1, 1))).to(variance.dtype), momentum)
+        normal: Tensor = Normalize.apply(x, weight, bias, found, eps, self.sample_group)  # type: ignore[no-untyped-call]
+        return normal
 
     def result(self, x: Tensor, *_: Any) -> Tensor:
         """An empty result, for shapes."""
         return torch.empty_like(x)
-
-    def _sum(self, part: Tensor) -> Tensor:
-        return convert(part, Step(self.samples, "P", "G"), self.sample_group) if self.samples else part
 
     def _whole(self, part: Tensor) -> Tensor:
         return convert(part.detach(), Step(self.channels, 0, "R"), self.channel_group) if self.channels else part

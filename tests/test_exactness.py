@@ -1,0 +1,63 @@
+"""Loss and every gradient equal the one-process plain model's, on real ranks, in every mode."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopar
+from tests.builders import CASES
+
+pytestmark = pytest.mark.dist
+TOLERANCE = 1e-5
+FLOOR = 1e-3
+MODES = [("ddp", None), ("zero3", None), ("1d", None), ("auto", None)]
+ON_TWO_AXES = [("auto", (2, 2))]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full value of a plain tensor or DTensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gradient_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
+    """|g - g_ref| over max(|g_ref|, FLOOR of the largest gradient of all), by parameter."""
+    expected = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
+    found = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    assert set(found) == set(expected), set(found) ^ set(expected)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    return {n: float((found[n].reshape(g.shape) - g).abs().max()) / max(float(g.abs().max()), FLOOR * largest)
+            for n, g in expected.items()}
+
+
+def check(rank: int, world_size: int, case_name: str, options: dict[str, Any], local: bool) -> tuple[float, float, float]:
+    """(loss error, worst gradient error, worst buffer error) of one compiled step."""
+    case = CASES[case_name]()
+    reference = copy.deepcopy(case.model)
+    expected = case.plain_loss(reference)
+    expected.backward()
+    model = autopar.compile(case.model, f"cpu:{world_size}", inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32",
+                            **options)
+    loss = case.call(model, case.part(rank, world_size) if local else None)
+    loss.backward()
+    buffers = zip(model.named_buffers(), reference.named_buffers(), strict=True)
+    moved = max((float((b.float() - r.float()).abs().max()) for (_, b), (_, r) in buffers), default=0.0)
+    return abs(float(loss) - float(expected)), max(gradient_errors(model, reference).values()), moved
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
+@pytest.mark.parametrize(("mode", "mesh"), MODES + ON_TWO_AXES, ids=str)
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", ["gpt2", "resnet"])
+def test_step_equals_the_plain_models(pool: Any, name: str, world_size: int, mode: str, mesh: Any, local: bool) -> None:
+    if mesh is not None and world_size != 4:
+        pytest.skip("a (2, 2) mesh has four ranks")
+    options = {"mode": mode, "mesh": mesh}
+    for loss_error, gradient_error, buffer_error in pool(world_size).run(check, name, options, local):
+        assert loss_error <= TOLERANCE
+        assert gradient_error <= TOLERANCE
+        assert buffer_error <= TOLERANCE
