@@ -1,0 +1,336 @@
+"""The property of the rule table: whatever strategy an op takes, its shards recombine to the whole op.
+
+Each case calls one op. For every assignment of every mesh the op is lowered for all ranks and run on them, forward and
+backward, from whole operands to whole results, so that a spec which is wrong about a value or about its gradient shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autopar.core.mesh import Mesh
+from autopar.passes.capture import COMPUTE_DTYPE, capture
+from autopar.passes.constants import FoldConstants
+from autopar.passes.decision import Context, Decision, context
+from autopar.passes.normalize import Normalize
+from autopar.passes.rules.table import RULES
+from autopar.passes.segments import annotate
+from autopar.passes.strategies import MODES, assignments, storages
+from tests.simulator import Trial, assert_same, everything_differentiable, reference, simulated
+
+aten = torch.ops.aten
+MESHES = (Mesh((2,)), Mesh((4,)), Mesh((2, 2)))
+TOLERANCE = 1e-9
+Operand = Callable[[torch.Generator], Tensor]
+
+
+def x(*shape: int) -> Operand:
+    """A float input."""
+    return lambda g: torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def w(*shape: int) -> Operand:
+    """A parameter."""
+    return lambda g: nn.Parameter(torch.randn(shape, generator=g, dtype=torch.float64))
+
+
+def b(*shape: int) -> Operand:
+    """A buffer, positive."""
+    return lambda g: nn.Buffer(torch.rand(shape, generator=g, dtype=torch.float64) + 0.5)
+
+
+def i(most: int, *shape: int) -> Operand:
+    """Indices below `most`."""
+    return lambda g: torch.randint(most, shape, generator=g)
+
+
+def mask(*shape: int) -> Operand:
+    """A boolean mask that lets each query see its first key."""
+    return lambda g: (torch.rand(shape, generator=g) < 0.5).index_fill(-1, torch.tensor(0), True)
+
+
+def targets(rows: int, classes: int) -> Operand:
+    """Targets whose first half is ignored but for one, so that shards count unequally, one of them nothing."""
+    def make(g: torch.Generator) -> Tensor:
+        found = torch.randint(classes, (rows,), generator=g)
+        found[1:rows // 2 + 1] = -100
+        return found
+    return make
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of `op` by `call` on the operands, and the factors that may be sharded."""
+
+    name: str
+    factors: str
+    op: Any
+    call: Callable[..., Tensor]
+    operands: tuple[Operand, ...]
+    random: bool = False
+
+
+def case(name: str, factors: str, op: Any, call: Callable[..., Tensor], *operands: Operand,
+         random: bool = False) -> Any:
+    return pytest.param(Case(name, factors, op, call, operands, random), id=name)
+
+
+def linear_cases() -> Iterator[Any]:
+    op = aten.linear.default
+    yield case("linear", "e0 k n", op, F.linear, x(4, 8), w(4, 8))
+    yield case("linear with bias", "e0 k n", op, F.linear, x(4, 8), w(4, 8), w(4))
+    yield case("linear 3 dims", "e0 e1 k n", op, F.linear, x(4, 4, 8), w(4, 8))
+    yield case("linear 3 dims with bias", "e0 e1 k n", op, F.linear, x(4, 3, 8), w(4, 8), w(4))
+    yield case("linear of inputs", "e0 k n", op, F.linear, x(4, 8), x(8, 8), x(8))
+    yield case("linear of a vector", "k n", op, F.linear, x(8), w(4, 8), w(4))
+    yield case("mm", "m k n", aten.mm.default, torch.mm, x(4, 8), w(8, 4))
+    yield case("bmm", "b m k n", aten.bmm.default, torch.bmm, x(4, 4, 8), x(4, 8, 4))
+    yield case("addmm", "m k n", aten.addmm.default, torch.addmm, w(4), x(4, 8), w(8, 4))
+    yield case("addmm of a matrix", "", aten.addmm.default, torch.addmm, x(4, 4), x(4, 8), w(8, 4))
+    yield case("addmm scaled", "", aten.addmm.default, lambda *o: torch.addmm(*o, beta=0.5, alpha=2.0), w(4), x(4, 8),
+               w(8, 4))
+
+
+def matmul_cases() -> Iterator[Any]:
+    op = aten.matmul.default
+    yield case("matmul of matrices", "e0 k n", op, torch.matmul, x(4, 8), w(8, 4))
+    yield case("matmul of a batch and a matrix", "e0 e1 k n", op, torch.matmul, x(4, 4, 8), w(8, 4))
+    yield case("matmul of batches", "e0 m k n", op, torch.matmul, x(4, 3, 8), x(4, 8, 4))
+    yield case("matmul of heads", "e0 e1 m k n", op, torch.matmul, x(4, 4, 3, 8), x(4, 4, 8, 3))
+    yield case("matmul of a matrix and a batch", "", op, torch.matmul, w(4, 8), x(4, 8, 4))
+    yield case("matmul that broadcasts", "", op, torch.matmul, x(1, 4, 8), x(4, 8, 4))
+    yield case("matmul with a vector", "", op, torch.matmul, x(4, 8), w(8))
+
+
+def convolution_cases() -> Iterator[Any]:
+    one, two = aten.conv1d.default, aten.conv2d.default
+    yield case("conv1d", "n c o", one, F.conv1d, x(4, 4, 6), w(4, 4, 3))
+    yield case("conv1d with bias and padding", "n c o", one, lambda *o: F.conv1d(*o, padding=1), x(4, 4, 8), w(4, 4, 3),
+               w(4))
+    yield case("conv2d", "n c o", two, F.conv2d, x(4, 4, 5, 5), w(4, 4, 3, 3))
+    yield case("conv2d with bias", "n c o", two, lambda *o: F.conv2d(*o, padding=1), x(4, 4, 8, 8), w(4, 4, 3, 3), w(4))
+    yield case("conv2d strided", "n c o", two, lambda *o: F.conv2d(*o, stride=2, padding=1), x(4, 4, 8, 8),
+               w(8, 4, 3, 3))
+    yield case("conv2d dilated", "n c o", two, lambda *o: F.conv2d(*o, dilation=2), x(4, 3, 6, 6), w(4, 3, 2, 2))
+    yield case("conv2d in groups", "n", two, lambda *o: F.conv2d(*o, groups=2), x(4, 4, 5, 5), w(4, 2, 3, 3), w(4))
+    yield case("conv2d by channel", "n", two, lambda *o: F.conv2d(*o, groups=4), x(4, 4, 5, 5), w(4, 1, 3, 3))
+
+
+def norm_cases() -> Iterator[Any]:
+    op, batch = aten.layer_norm.default, aten.batch_norm.default
+    yield case("layer_norm", "e0 e1", op, lambda t, *o: F.layer_norm(t, (8,), *o), x(4, 4, 8), w(8), w(8))
+    yield case("layer_norm without bias", "e0", op, lambda t, *o: F.layer_norm(t, (8,), *o), x(4, 8), w(8))
+    yield case("layer_norm plain", "e0", op, lambda t: F.layer_norm(t, (8,)), x(4, 8))
+    yield case("layer_norm over two dims", "e0", op, lambda t, *o: F.layer_norm(t, (4, 8), *o), x(4, 4, 8), w(4, 8),
+               w(4, 8))
+
+    def norm(training: bool) -> Callable[..., Tensor]:
+        def call(t: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+            return F.batch_norm(t, mean, variance, weight, bias, training, 0.3)
+        return call
+
+    running = w(4), w(4), b(4), b(4)
+    yield case("batch_norm in training", "n c", batch, norm(True), x(4, 4, 4, 4), *running)
+    yield case("batch_norm in evaluation", "n c", batch, norm(False), x(4, 4, 4, 4), *running)
+    yield case("batch_norm of vectors", "n c", batch, norm(True), x(8, 4), *running)
+    yield case("batch_norm plain", "n c", batch, lambda t, *r: F.batch_norm(t, *r, training=True), x(4, 4, 4), b(4),
+               b(4))
+    yield case("batch_norm without running statistics", "n c", batch,
+               lambda t, *o: F.batch_norm(t, None, None, *o, training=True), x(4, 4, 4), w(4), w(4))
+
+
+def attention_cases() -> Iterator[Any]:
+    op, qkv = aten.scaled_dot_product_attention.default, (x(4, 4, 4, 12), x(4, 4, 8, 12), x(4, 4, 8, 16))
+    call, square = F.scaled_dot_product_attention, (x(4, 4, 8, 4),) * 3
+
+    def attention(**options: Any) -> Callable[..., Tensor]:
+        return lambda *o: call(*o, **options)
+
+    yield case("attention", "b h", op, call, *qkv)
+    yield case("attention scaled", "b h", op, attention(scale=0.3), *qkv)
+    yield case("attention causal", "b h", op, attention(is_causal=True), *square)
+    yield case("attention causal scaled", "b h", op, attention(is_causal=True, scale=2.0), *square)
+    yield case("attention masked", "b h", op, call, *qkv, mask(4, 1, 4, 8))
+    yield case("attention masked by head", "b h", op, call, *qkv, mask(1, 4, 4, 8))
+    yield case("attention masked alike", "b h", op, call, *qkv, mask(4, 8))
+    yield case("attention with bias", "b h", op, call, *qkv, x(4, 4, 4, 8))
+    yield case("attention with one bias", "b h", op, call, *qkv, x(1, 1, 4, 8))
+    yield case("attention with a bias that broadcasts keys", "b h", op, call, *qkv, x(4, 1, 4, 1))
+    yield case("attention with dropout 0", "b h", op, attention(dropout_p=0.0), *qkv)
+    yield case("attention with dropout", "b h", op, attention(dropout_p=0.4), *qkv, random=True)
+    yield case("attention causal with dropout", "b h", op, attention(dropout_p=0.4, is_causal=True), *square,
+               random=True)
+    yield case("attention masked with dropout", "b h", op, attention(dropout_p=0.4), *qkv, mask(4, 1, 4, 8),
+               random=True)
+    yield case("attention in groups", "", op, attention(enable_gqa=True), x(4, 4, 4, 8), x(4, 2, 4, 8), x(4, 2, 4, 8))
+    yield case("attention of 3 dims", "", op, call, *(x(4, 8, 4),) * 3)
+
+
+def loss_cases() -> Iterator[Any]:
+    op, call = aten.cross_entropy_loss.default, F.cross_entropy
+    yield case("cross_entropy", "t", op, call, x(8, 4), i(4, 8))
+    yield case("cross_entropy ignoring", "t", op, call, x(8, 4), targets(8, 4))
+    yield case("cross_entropy ignoring a class", "t", op, lambda *o: call(*o, ignore_index=2), x(8, 4), i(4, 8))
+    yield case("cross_entropy smoothed", "t", op, lambda *o: call(*o, label_smoothing=0.2), x(8, 4), targets(8, 4))
+    yield case("cross_entropy summed", "", op, lambda *o: call(*o, reduction="sum"), x(8, 4), targets(8, 4))
+    yield case("cross_entropy by row", "", op, lambda *o: call(*o, reduction="none"), x(8, 4), targets(8, 4))
+    yield case("cross_entropy weighted", "", op, lambda t, y, v: call(t, y, v.exp()), x(8, 4), targets(8, 4), b(4))
+    yield case("cross_entropy of maps", "", op, call, x(4, 8, 4), i(8, 4, 4))
+    yield case("cross_entropy of probabilities", "", op, call, x(8, 4), x(8, 4))
+
+
+def shape_cases() -> Iterator[Any]:
+    yield case("cat", "o0 o2", aten.cat.default, lambda *o: torch.cat(o, 1), x(4, 3, 4), x(4, 2, 4))
+    yield case("cat along the batch", "o1", aten.cat.default, lambda *o: torch.cat(o), x(4, 4), x(2, 4), w(2, 4))
+    yield case("cat of one", "o0", aten.cat.default, lambda o: torch.cat([o], -1), x(4, 4))
+    yield case("slice", "o0 o2", aten.slice.Tensor, lambda t: t[:, 1:3], x(4, 8, 4))
+    yield case("slice with a step", "o0 o1", aten.slice.Tensor, lambda t: t[:, :, ::2], x(4, 4, 8))
+    yield case("slice of the batch", "o1", aten.slice.Tensor, lambda t: t[1:], x(5, 4))
+    yield case("select", "o0 o2", aten.select.int, lambda t: t[:, 1], x(4, 8, 4))
+    yield case("select from the back", "o0 o1", aten.select.int, lambda t: t.select(-1, -1), x(4, 8, 4))
+    yield case("pad", "o0 o1", aten.pad.default, lambda t: F.pad(t, (1, 2)), x(4, 4, 4))
+    yield case("pad two dims", "o0 o2", aten.pad.default, lambda t: F.pad(t, (0, 0, 1, 1), value=3.0), x(4, 4, 4))
+    yield case("expand", "o0 o1 o2", aten.expand.default, lambda t: t.expand(-1, 4, -1), x(4, 1, 4))
+    yield case("expand to more dims", "o0 o1 o2", aten.expand.default, lambda t: t.expand(4, 3, 8), w(8))
+    yield case("to", "o0 o1", aten.to.dtype, lambda t: t.to(torch.float32), x(4, 4))
+    yield case("to of integers", "o0 o1", aten.to.dtype, lambda t: t.to(torch.float64), i(9, 4, 4))
+
+
+def reduction_cases() -> Iterator[Any]:
+    names = {aten.mean.dim: torch.mean, aten.sum.dim_IntList: torch.sum, aten.amax.default: torch.amax}
+    for (op, call), keep in itertools.product(names.items(), (False, True)):
+        kept, sums = " kept" if keep else "", op is aten.sum.dim_IntList
+        def of(dims: Any, call: Any = call, keep: bool = keep) -> Callable[[Tensor], Tensor]:
+            return lambda t: call(t, dims, keep)
+        yield case(f"{call.__name__} of the last{kept}", "o0 o1" + " o2" * sums, op, of(-1), x(4, 4, 4))
+        yield case(f"{call.__name__} of two{kept}", "o0 o1 o2" if sums else "o1", op, of((0, 2)), x(4, 4, 4))
+
+
+def pointwise_cases() -> Iterator[Any]:
+    yield case("add", "o0 o1", aten.add.Tensor, torch.add, x(4, 4), x(4, 4))
+    yield case("add scaled", "o0 o1", aten.add.Tensor, lambda *o: torch.add(*o, alpha=3), x(4, 4), w(4))
+    yield case("broadcast rows", "o0 o1 o2", aten.mul.Tensor, torch.mul, x(4, 3, 4), w(4))
+    yield case("broadcast columns", "o0 o1", aten.mul.Tensor, torch.mul, x(4, 4), x(4, 1))
+    yield case("broadcast both ways", "o0 o1 o2", aten.div.Tensor, lambda a, c: a / c.exp(), x(4, 1, 4), x(1, 4, 4))
+    yield case("broadcast a scalar", "o0 o1", aten.mul.Tensor, torch.mul, x(4, 4), w())
+    yield case("square", "o0 o1", aten.mul.Tensor, lambda t: t * t, x(4, 4))
+    yield case("gelu", "o0 o1", aten.gelu.default, F.gelu, x(4, 4))
+    yield case("where", "o0 o1", aten.where.self, torch.where, mask(4, 1), x(4, 4), x(4))
+    yield case("masked_fill", "o0 o1", aten.masked_fill.Scalar, lambda t, m: t.masked_fill(m, 2.0), x(4, 4), mask(4, 4))
+    yield case("dropout", "o0 o1 o2", aten.dropout.default, lambda t: F.dropout(t, 0.4), x(4, 4, 4), random=True)
+
+
+def other_cases() -> Iterator[Any]:
+    embed = aten.embedding.default
+    yield case("embedding", "d e0 e1", embed, lambda t, v: F.embedding(t, v), i(8, 4, 3), w(8, 8))
+    yield case("embedding with padding", "d e0 e1", embed, lambda t, v: F.embedding(t, v, 1), i(8, 4, 4), w(8, 8))
+    yield case("embedding by frequency", "", embed, lambda t, v: F.embedding(t, v, scale_grad_by_freq=True), i(3, 8),
+               w(3, 8))
+    yield case("softmax", "o0 o1", aten.softmax.int, lambda t: t.softmax(-1), x(4, 4, 4))
+    yield case("softmax in front", "o1", aten.softmax.int, lambda t: t.softmax(0), x(4, 4))
+    yield case("log_softmax", "o0 o2", aten.log_softmax.int, lambda t: t.log_softmax(1), x(4, 4, 8))
+    yield case("max_pool2d", "n c", aten.max_pool2d.default, lambda t: F.max_pool2d(t, 3, 2, 1), x(4, 4, 6, 6))
+    yield case("avg_pool2d", "n c", aten.avg_pool2d.default, lambda t: F.avg_pool2d(t, 2), x(4, 4, 6, 6))
+    yield case("adaptive_avg_pool2d", "n c", aten.adaptive_avg_pool2d.default, lambda t: F.adaptive_avg_pool2d(t, 1),
+               x(4, 4, 6, 6))
+    yield case("an op without a rule", "", aten.cumsum.default, lambda t: t.cumsum(1), x(4, 4))
+    yield case("a mean of everything", "", aten.mean.default, torch.mean, x(4, 4))
+
+
+CASES = [*linear_cases(), *matmul_cases(), *convolution_cases(), *norm_cases(), *attention_cases(), *loss_cases(),
+         *shape_cases(), *reduction_cases(), *pointwise_cases(), *other_cases()]
+
+
+class Call(nn.Module):
+    """One call on inputs, then parameters and buffers, in their order."""
+
+    def __init__(self, call: Callable[..., Tensor], operands: list[Tensor]) -> None:
+        super().__init__()
+        self.call = call
+        self.held = [f"held{n}" if isinstance(o, nn.Parameter | nn.Buffer) else "" for n, o in enumerate(operands)]
+        for name, operand in zip(self.held, operands, strict=True):
+            if name:
+                setattr(self, name, operand)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        rest = iter(inputs)
+        return self.call(*(getattr(self, name) if name else next(rest) for name in self.held))
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A captured case with its operands by placeholder, in the order of the call."""
+
+    context: Context
+    given: dict[str, Tensor]
+
+
+@cache
+def captured(case: Case) -> Subject:
+    generator = torch.Generator().manual_seed(0)
+    operands = [make(generator) for make in case.operands]
+    module = Call(case.call, operands)
+    inputs = tuple(o for o, name in zip(operands, module.held, strict=True) if not name)
+    program = FoldConstants()(Normalize()(capture(module, (inputs, {}), "fp64")))  # type: ignore[arg-type]
+    placeholder = {program.sources[n.name].name: n.name for n in program.graph.nodes if n.op == "placeholder"}
+    rest = iter(program.placeholders("input"))
+    names = [placeholder.get(name) if name else next(rest).name for name in module.held]
+    given = {name: operand.detach() for name, operand in zip(names, operands, strict=True) if name}
+    return Subject(everything_differentiable(context(annotate(program))), given)
+
+
+def decisions(subject: Subject, mesh: Mesh) -> Iterator[Decision]:
+    """Every assignment of the case's op, its parameters resting in one way after another."""
+    *before, op = subject.context.segmented.ops
+    idle = tuple(("R",) * len(mesh.shape) for _ in before)
+    ways = {node: itertools.cycle(storages(subject.context.segmented.factored, node, users, mesh, MODES["auto"]))
+            for node, users in subject.context.parameters().items()}
+    for assignment in [*assignments(op, mesh, MODES["auto"], True), ("G",) * len(mesh.shape)]:
+        stored = {node: next(storage) for node, storage in ways.items()}
+        yield Decision(subject.context, mesh, (*idle, assignment), stored)
+
+
+@cache
+def wanted(case: Case) -> Trial:
+    """What the plain op does; one that draws random numbers is its own reference, whole on one device."""
+    subject = captured(case)
+    if not case.random:
+        return reference(subject.context, case.call, subject.given)
+    return simulated(next(decisions(subject, Mesh((1,)))), subject.given)
+
+
+@pytest.fixture(autouse=True)
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMPUTE_DTYPE, "fp64", torch.float64)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_shards_recombine_to_the_whole(case: Case, mesh: Mesh) -> None:
+    subject = captured(case)
+    for decision in decisions(subject, mesh):
+        try:
+            assert_same(simulated(decision, subject.given), wanted(case), TOLERANCE)
+        except Exception as failure:
+            stored = {node.name: str(storage) for node, storage in decision.storage.items()}
+            raise AssertionError(f"under {decision.assignments[-1]}, stored {stored}: {failure}") from failure
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_that_may_be_sharded(case: Case) -> None:
+    op = captured(case).context.segmented.ops[-1]
+    assert op.main.target is case.op
+    assert {f.key for f in op.factors if f.shardable} == set(case.factors.split())
+
+
+def test_every_rule_has_a_case() -> None:
+    assert not {str(op) for op in RULES} - {str(param.values[0].op) for param in CASES}
