@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autopar.api import compile, plan
+    from autopar.checkpoint import load as load_checkpoint
+    from autopar.checkpoint import save as save_checkpoint
     from autopar.core.cluster import Cluster
     from autopar.core.errors import AutoparError
     from autopar.launch import init
@@ -20,12 +22,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "AutoparError": "core.errors", "Cluster": "core.cluster", "Plan": "plan", "capture": "passes.capture",
-    "compile": "api", "init": "launch", "plan": "api", "verify": "planner",
+    "compile": "api", "init": "launch", "load_checkpoint": "checkpoint:load", "plan": "api",
+    "save_checkpoint": "checkpoint:save", "verify": "planner",
 }
-__all__ = ["AutoparError", "Cluster", "Plan", "capture", "compile", "init", "plan", "verify"]
+__all__ = ["AutoparError", "Cluster", "Plan", "capture", "compile", "init", "load_checkpoint", "plan",
+           "save_checkpoint", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'autopar' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"autopar.{_HOMES[name]}"), name)
+    home, _, there = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f"autopar.{home}"), there or name)

@@ -154,6 +154,14 @@ class ParallelModule(nn.Module):
         """Names under which the plain model has a parameter a second time."""
         return self._batches.other_names
 
+    def random_state(self) -> dict[str, int]:
+        """What dropout is drawn from: the seed and the number of training steps so far."""
+        return {"seed": self._seed, "steps": self._steps}
+
+    def set_random_state(self, state: Mapping[str, int]) -> None:
+        """Go on drawing where another `random_state()` was."""
+        self._seed, self._steps = state["seed"], state["steps"]
+
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients so that their norm over all parameters is at most `max_norm`; returns the norm before."""
         grads = [p.grad for p in self.parameters() if p.grad is not None]
