@@ -23,7 +23,7 @@ from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
 from autopar.passes.factors import PERMUTED, SPLITS
 from autopar.passes.layout import from_base, local_factors, local_shape, whole_bytes
-from autopar.passes.normalize import value_of
+from autopar.passes.functional import value_of
 from autopar.passes.ops import Op, OpOperand
 from autopar.passes.problem import replicated_axes, with_summed
 from autopar.passes.segments import Segment
@@ -67,6 +67,8 @@ class _Lowering:
         self.graph = fx.Graph()
         self.sources: dict[fx.Node, Spec] = {}
         self.made: dict[tuple[fx.Node, Spec | None], fx.Node] = {}
+        ops = (self.context.segmented.ops[index] for index in segment.ops)
+        self.place = {node: i for i, node in enumerate(node for op in ops for node in op.nodes)}
 
     def run(self, exports: tuple[fx.Node, ...]) -> Lowered:
         for node in self.segment.externals:
@@ -214,7 +216,7 @@ class _Lowering:
     def _emit(self, node: fx.Node, args: Any, kwargs: Any, op: Op, index: int) -> fx.Node:
         spec = self._spec_of(node, op, index)
         site = Site(node, op, self.decision.assignments[index], spec, self.factored, self.target.communicator)
-        module = substitute(site, len(self.made))
+        module = substitute(site, self.place[node])
         if module is not None:
             kwargs = {**kwargs, "seed": self.seed} if hasattr(module, "takes_seed") else kwargs
             emitted = self._call(module, op.name, args, kwargs)

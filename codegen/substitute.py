@@ -22,6 +22,7 @@ from autopar.codegen.primitives import all_reduce
 from autopar.core.reshard import Step
 from autopar.core.spec import Spec
 from autopar.passes.factors import Factored
+from autopar.passes.layout import local_shape
 from autopar.passes.ops import Op
 from autopar.passes.rules.table import argument
 from autopar.passes.strategies import Assignment, axes_of
@@ -61,14 +62,16 @@ class BatchNorm(nn.Module):
         self.samples, self.channels = samples, channels
         self.sample_group, self.channel_group = site.group(samples), site.group(channels)
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor,
-                training: bool, momentum: float, eps: float, _: bool) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+                variance: Tensor | None, training: bool, momentum: float, eps: float, _: bool) -> Tensor:
         if not training:
+            assert mean is not None and variance is not None
             return F.batch_norm(x, self._part(mean), self._part(variance), weight, bias, False, momentum, eps)
         with torch.no_grad():
             center, spread, count = found = statistics(x, self.sample_group)
-            mean.lerp_(self._whole(center).to(mean.dtype), momentum)
-            variance.lerp_(self._whole(spread * (count / max(count - 1, 1))).to(variance.dtype), momentum)
+            if mean is not None and variance is not None:
+                mean.lerp_(self._whole(center).to(mean.dtype), momentum)
+                variance.lerp_(self._whole(spread * (count / max(count - 1, 1))).to(variance.dtype), momentum)
         normal: Tensor = Normalize.apply(x, weight, bias, found, eps, self.sample_group)  # type: ignore[no-untyped-call]
         return normal
 
@@ -115,11 +118,15 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def keep_mask(index: Tensor, seed: Tensor, salt: int, rate: float) -> Tensor:
-    """Which elements dropout keeps: a function of their global `index`, the step's `seed` and the op's `salt`."""
+def draw(index: Tensor, seed: Tensor, salt: int) -> Tensor:
+    """Uniform 32-bit numbers: a function of the elements' global `index`, the step's `seed` and the op's `salt`."""
     start = _mixed((seed + salt * 0x9E3779B1) & _MASK32)
-    drawn = _mixed(_mixed((index & _MASK32) ^ start) ^ (index >> 32) & _MASK32)
-    return drawn >= int(rate * 2**32)
+    return _mixed(_mixed((index & _MASK32) ^ start) ^ (index >> 32) & _MASK32)
+
+
+def keep_mask(index: Tensor, seed: Tensor, salt: int, rate: float) -> Tensor:
+    """Which elements dropout keeps."""
+    return draw(index, seed, salt) >= int(rate * 2**32)
 
 
 class GlobalIndex(nn.Module):
@@ -160,6 +167,27 @@ class Dropout(nn.Module):
     def result(self, x: Tensor, *_: Any) -> Tensor:
         """An empty result, for shapes."""
         return torch.empty_like(x)
+
+
+class Uniform(nn.Module):
+    """Uniform numbers in [0, 1), the same for an element wherever it is drawn."""
+
+    takes_seed = True
+
+    def __init__(self, site: Site, salt: int) -> None:
+        super().__init__()
+        self.index = _global_index(site.factored.refined(site.node), site.spec.dims, site)
+        value = site.node.meta["val"]
+        self.salt, self.dtype = salt, value.dtype
+        self.shape = local_shape(site.factored, site.node, site.spec, site.communicator.mesh)
+
+    def forward(self, *_: Any, seed: Tensor, **__: Any) -> Tensor:
+        drawn = draw(self.index(seed.device), seed, self.salt) >> 8
+        return (drawn.to(torch.float64) / 2**24).to(self.dtype).reshape(self.shape)
+
+    def result(self, *_: Any) -> Tensor:
+        """An empty result, for shapes."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 class Attention(nn.Module):
@@ -215,6 +243,7 @@ SUBSTITUTES: dict[Any, Callable[[Site, int], nn.Module | None]] = {
     aten.batch_norm.default: _batch_norm,
     aten.cross_entropy_loss.default: _cross_entropy,
     aten.dropout.default: Dropout,
+    aten.rand.default: Uniform,
     aten.scaled_dot_product_attention.default: _attention,
 }
 

@@ -15,12 +15,15 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar.passes.capture import Program, Source
-from autopar.passes.normalize import value_of
+from autopar.passes.functional import value_of
 
 aten = torch.ops.aten
 RANDOM = {aten.rand.default, aten.randn.default, aten.randint.default, aten.randperm.default, aten.bernoulli.default,
           aten.rand_like.default, aten.randn_like.default, aten.dropout.default}
 SDPA = aten.scaled_dot_product_attention.default
+SHAPE_ONLY = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.zeros_like.default,
+              aten.ones_like.default, aten.full_like.default}
+"""Ops whose value depends on the shape of their operand alone."""
 _MASK_POSITION = 3
 
 
@@ -30,7 +33,9 @@ class FoldConstants:
 
     def __call__(self, program: Program) -> Program:
         values = _evaluate(program)
-        notes = tuple(dict.fromkeys(_fold_mask(n, values) for n in program.graph.nodes if n.target == SDPA))
+        attentions = [n for n in program.graph.nodes if n.target == SDPA]
+        patterns = {mask: mask_pattern(values[mask]) for mask in dict.fromkeys(map(_mask, attentions)) if mask in values}
+        notes = tuple(dict.fromkeys(_fold_mask(n, patterns) for n in attentions))
         frontier = [n for n in values if n.op == "call_function" and any(u not in values for u in n.users)]
         kept = {n: values[n] for n in frontier if isinstance(values[n], Tensor)}
         named = {_place(program.graph, node, value): value for node, value in kept.items()}
@@ -44,10 +49,16 @@ class FoldConstants:
 def _evaluate(program: Program) -> dict[fx.Node, Any]:
     values: dict[fx.Node, Any] = {n: program.constants[n.name] for n in program.placeholders("constant")}
     for node in program.graph.nodes:
-        constant = node.op == "call_function" and all(i in values for i in node.all_input_nodes)
-        if constant and node.target not in RANDOM:
+        if node.op != "call_function" or node.target in RANDOM:
+            continue
+        if all(i in values for i in node.all_input_nodes):
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
             values[node] = node.target(*_on_cpu(args), **_on_cpu(kwargs))
+        elif node.target in SHAPE_ONLY:
+            operand = value_of(node.args[0])
+            assert operand is not None
+            like = torch.empty(operand.shape, dtype=operand.dtype)
+            values[node] = node.target(like, *_on_cpu(node.args[1:]), **_on_cpu(dict(node.kwargs)))
     return values
 
 
@@ -64,13 +75,18 @@ def _place(graph: fx.Graph, node: fx.Node, value: Tensor) -> str:
     return str(placeholder.name)
 
 
-def _fold_mask(node: fx.Node, values: dict[fx.Node, Any]) -> str:
+def _mask(node: fx.Node) -> Any:
+    """The mask of the attention `node`, None where it has none."""
+    return node.args[_MASK_POSITION] if len(node.args) > _MASK_POSITION else node.kwargs.get("attn_mask")
+
+
+def _fold_mask(node: fx.Node, patterns: dict[Any, str]) -> str:
     """Rewrite the attention `node` if its mask is a known pattern; returns what it is."""
-    mask = node.args[_MASK_POSITION] if len(node.args) > _MASK_POSITION else node.kwargs.get("attn_mask")
+    mask = _mask(node)
     if mask is None:
         causal = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
         return "attention: causal" if causal else "attention: full"
-    pattern = mask_pattern(values[mask]) if isinstance(mask, fx.Node) and mask in values else "masked"
+    pattern = patterns.get(mask, "masked")
     if pattern != "masked":
         node.kwargs = {**_named_kwargs(node), "attn_mask": None, "is_causal": pattern == "causal"}
         node.args = node.args[:_MASK_POSITION]

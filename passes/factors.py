@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from autopar.passes.capture import Program
-from autopar.passes.normalize import value_of
+from autopar.passes.functional import value_of
 from autopar.passes.rules.notation import Rule, is_unit
 from autopar.passes.rules.table import rule_of, shape, tensor_operands
 

@@ -9,7 +9,7 @@ from torch import fx
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
 from autopar.passes.factors import Factored
-from autopar.passes.normalize import value_of
+from autopar.passes.functional import value_of
 from autopar.passes.ops import OpOperand
 
 

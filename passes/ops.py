@@ -15,7 +15,7 @@ from typing import Literal
 from torch import fx
 
 from autopar.passes.factors import SPLITS, Factored
-from autopar.passes.normalize import is_update, value_of
+from autopar.passes.functional import is_update, value_of
 from autopar.passes.rules.notation import is_unit
 from autopar.passes.rules.table import CONTRACTIONS, is_pointwise, shape, tensor_operands
 

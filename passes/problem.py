@@ -68,11 +68,9 @@ class Problem:
 def op_work(context: Context, op: Op, assignment: Assignment, mesh: Mesh) -> Work:
     """The local work of `op` under `assignment`."""
     factored = context.segmented.factored
-    operands, nbytes = [], 0.0
-    for operand in op.operands:
-        spec = from_base(context.wanted(op, operand, assignment), factored.base(operand.node)[1])
-        operands.append(local_shape(factored, operand.node, spec, mesh))
-        nbytes += local_bytes(factored, operand.node, spec, mesh)
+    read = [(o.node, from_base(context.wanted(op, o, assignment), factored.base(o.node)[1])) for o in op.operands]
+    operands = [local_shape(factored, node, spec, mesh) for node, spec in read]
+    nbytes = sum(local_bytes(factored, node, spec, mesh) for node, spec in dict.fromkeys(read))
     results = [(r.node, context.emitted(op, r, assignment)) for r in op.results]
     nbytes += sum(local_bytes(factored, node, spec, mesh) for node, spec in results)
     main = local_shape(factored, *results[0], mesh) if results else ()

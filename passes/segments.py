@@ -10,11 +10,20 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
+from autopar.core.errors import CaptureError
+from autopar.passes.capture import Program
 from autopar.passes.factors import Factored, analyse
-from autopar.passes.normalize import value_of
+from autopar.passes.functional import value_of
 from autopar.passes.ops import Op, factor_roles, make_ops
+
+aten = torch.ops.aten
+
+
+REPLAYED = {aten.dropout.default, aten.rand.default, aten.scaled_dot_product_attention.default}
+"""Random ops that have a substitute which draws by global element."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,6 +111,11 @@ def _plain(node: fx.Node) -> str:
     return str(fx.map_arg((node.args, dict(node.kwargs)), lambda _: "tensor"))
 
 
-def annotate(program: Any) -> Segmented:
-    """Factors, ops and segments of a captured program."""
+def annotate(program: Program) -> Segmented:
+    """Factors, ops and segments of a captured program. Raises CaptureError for random ops that can't be replayed."""
+    for node in program.graph.nodes:
+        random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        if random and node.target not in REPLAYED:
+            raise CaptureError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, whose random numbers would "
+                               "differ between ranks; draw them with torch.rand or dropout")
     return segment_program(analyse(program))

@@ -18,7 +18,7 @@ from autopar.core.errors import UnknownName
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec, State, from_states
 from autopar.passes.factors import Factored
-from autopar.passes.normalize import value_of
+from autopar.passes.functional import value_of
 from autopar.passes.ops import Op, OpOperand, Role
 
 Assignment = tuple[str, ...]

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopar.codegen import private
@@ -33,6 +33,7 @@ from autopar.passes.strategies import storage_dims
 
 Result = TypeVar("Result")
 PATIENCE_SECONDS = 30.0
+FLOOR = 1e-3
 CPU = torch.device("cpu")
 
 
@@ -193,7 +194,7 @@ def _gradient(x: Tensor) -> Tensor:
 def _leaves(decision: Decision, given: dict[str, Tensor], coordinate: tuple[int, ...]) -> dict[fx.Node, Tensor]:
     factored = decision.context.segmented.factored
     leaves: dict[fx.Node, Tensor] = {}
-    for node in (n for n in factored.program.graph.nodes if n.op == "placeholder" and n.name in given):
+    for node in (n for n in factored.program.graph.nodes if n.op == "placeholder" and n.name in given and n.users):
         x = given[node.name].detach().clone()
         if is_parameter(node, factored) and node in decision.storage:
             x = cut(x.reshape(factored.refined(node)), resting(decision, node), decision.mesh, coordinate)
@@ -283,13 +284,38 @@ def reference(context: Context, module: Callable[..., Any], given: dict[str, Ten
                  {name: _gradient(x) for name, x in leaves.items() if x.requires_grad}, buffers)
 
 
+def materials(context: Context, model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """What a model's program is run on, by placeholder: its parameters, buffers and constants, and these inputs."""
+    program = context.segmented.factored.program
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    leaves = iter(pytree.tree_leaves(inputs))
+    known: dict[str, Callable[[fx.Node], Tensor]] = {
+        "parameter": lambda n: held[program.sources[n.name].name], "buffer": lambda n: held[program.sources[n.name].name],
+        "constant": lambda n: program.constants[n.name], "input": lambda n: next(leaves)}
+    return {n.name: known[program.sources[n.name].kind](n).detach() for n in program.graph.nodes if n.op == "placeholder"}
+
+
+def step_of(context: Context, model: nn.Module, loss: Tensor) -> Trial:
+    """The trial that the plain `model` has made once its `loss` has been computed."""
+    program = context.segmented.factored.program
+    loss.backward()
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    gradients = {n.name: _gradient(held[program.sources[n.name].name]) for n in context.parameters()}
+    buffers = {n.name: held[program.sources[n.name].name] for n in program.placeholders("buffer")}
+    return Trial([loss.detach()], gradients, buffers)
+
+
 def assert_same(found: Trial, wanted: Trial, tolerance: float) -> None:
-    """Outputs, gradients and buffers agree to `tolerance`, relative to each tensor's largest entry."""
+    """Outputs, gradients and buffers agree to `tolerance`, relative to each tensor's largest entry.
+
+    Of gradients that are next to nothing beside the others only noise is left, which counts by their largest.
+    """
     assert found.gradients.keys() == wanted.gradients.keys()
-    for what, mine, theirs in (*zip(itertools.repeat("output"), found.outputs, wanted.outputs, strict=False),
+    floor = FLOOR * max((float(g.abs().max()) for g in wanted.gradients.values() if g.numel()), default=0.0)
+    for what, mine, theirs in (*((f"output {i}", *pair) for i, pair in enumerate(zip(found.outputs, wanted.outputs, strict=True))),
                                *((f"gradient of {n}", g, wanted.gradients[n]) for n, g in found.gradients.items()),
                                *((f"buffer {n}", b, wanted.buffers[n]) for n, b in found.buffers.items())):
         assert mine.shape == theirs.shape, f"{what} has shape {tuple(mine.shape)}, wanted {tuple(theirs.shape)}"
-        scale = max(float(theirs.abs().max()), 1e-6) if theirs.numel() else 1.0
-        error = float((mine.double() - theirs.double()).abs().max()) if theirs.numel() else 0.0
+        scale = max(float(theirs.abs().max()), floor, 1e-30)
+        error = float((mine.double() - theirs.double()).abs().max())
         assert error <= tolerance * scale, f"{what} is off by {error:.3g} of {scale:.3g}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.passes.normalize import value_of
+from autopar.passes.functional import value_of
 from autopar.passes.rules.notation import Rule, letters, rule
 
 aten = torch.ops.aten
@@ -70,6 +70,11 @@ def _convolution(node: fx.Node) -> Rule | None:
     whole = f"{inner} {kernel} {outer}" + ("" if groups == 1 else " c o i")
     channels = "c" if groups == 1 else "i"
     return rule(f"n c {inner}, o {channels} {kernel}, +o -> n o {outer}", whole=whole)
+
+
+def _embedding(node: fx.Node) -> Rule | None:
+    """A gradient scaled by how often an index occurs in the batch wants the whole batch."""
+    return None if argument(node, 3, "scale_grad_by_freq", False) else rule("v d, ... -> ... d", whole="v")
 
 
 def _layer_norm(node: fx.Node) -> Rule | None:
@@ -137,6 +142,27 @@ def _select(node: fx.Node) -> Rule | None:
     return rule(f"{' '.join(names)} -> {' '.join(n for i, n in enumerate(names) if i != dim)}", whole=names[dim])
 
 
+def _select_scatter(node: fx.Node) -> Rule | None:
+    out = shape(node)
+    dim = argument(node, 2, "dim", 0) % len(out)
+    names = letters("o", len(out))
+    part = " ".join(n for i, n in enumerate(names) if i != dim)
+    return rule(f"{' '.join(names)}, {part} -> {' '.join(names)}", whole=names[dim])
+
+
+def _roll(node: fx.Node) -> Rule | None:
+    rank, dims = len(shape(node)), argument(node, 2, "dims", [])
+    if not dims:
+        return None
+    names = letters("o", rank)
+    return rule(f"{' '.join(names)} -> {' '.join(names)}", whole=" ".join(names[d % rank] for d in dims))
+
+
+def _fresh(node: fx.Node) -> Rule | None:
+    """Numbers drawn by global element: any part can be drawn anywhere."""
+    return rule(f" -> {' '.join(letters('o', len(shape(node))))}")
+
+
 def _pad(node: fx.Node) -> Rule | None:
     before, after = shape(node.args[0]), shape(node)
     names = letters("o", len(after))
@@ -173,7 +199,7 @@ RULES: dict[Any, Rule | RuleMaker] = {
     aten.matmul.default: _matmul,
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
-    aten.embedding.default: rule("v d, ... -> ... d", whole="v"),
+    aten.embedding.default: _embedding,
     aten.layer_norm.default: _layer_norm,
     aten.batch_norm.default: _batch_norm,
     aten.scaled_dot_product_attention.default: _attention,
@@ -191,8 +217,11 @@ RULES: dict[Any, Rule | RuleMaker] = {
     aten.mean.dim: _reduction(sums=False),
     aten.amax.default: _reduction(sums=False),
     aten.sum.dim_IntList: _reduction(sums=True),
-    aten.dropout.default: pointwise,
-    aten.to.dtype: pointwise,
+    aten.slice_scatter.default: _along(2),
+    aten.select_scatter.default: _select_scatter,
+    aten.roll.default: _roll,
+    aten.rand.default: _fresh,
+    aten.adaptive_avg_pool1d.default: _pooling,
 }
 CONTRACTIONS = {
     aten.linear.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.matmul.default,
@@ -200,10 +229,16 @@ CONTRACTIONS = {
 }
 
 
+UNTAGGED_POINTWISE = {
+    aten.to.dtype, aten.dropout.default, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
+}
+"""Pointwise ops that torch does not tag as such."""
+
+
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of the result depends on one element of each operand; torch's own tag decides."""
     tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return node.target in (aten.to.dtype, aten.dropout.default) or (tagged and value_of(node) is not None)
+    return node.target in UNTAGGED_POINTWISE or (tagged and value_of(node) is not None)
 
 
 def rule_of(node: fx.Node) -> Rule | None:

@@ -1,0 +1,64 @@
+"""`autopar-solve`: exit status 0 with a plan, 2 when what was asked for can't be done, 1 for faults of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+from autopar.console.options import Options, parse_options
+from autopar.console.progress import telling
+from autopar.core.errors import AutoparError, Infeasible
+
+INTERRUPTED = 130
+CLOSED = 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plan as `arguments` say, print the plan, and return the exit status. SystemExit after `--help`."""
+    start = time.perf_counter()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        print(_answer(parse_options(given), start), flush=True)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at exit goes nowhere
+        return CLOSED
+    except Exception as error:
+        return _failed(error, given)
+    return 0
+
+
+def _answer(options: Options, start: float) -> str:
+    """The text to print."""
+    with telling(options.verbose) as progress, contextlib.redirect_stdout(sys.stderr):
+        progress.doing("importing torch, which takes seconds")
+        from autopar.console.command import answer  # torch comes with it, and only a plan is worth the wait
+        return answer(options, progress, start)
+
+
+def _failed(error: Exception, given: Sequence[str]) -> int:
+    """Tell what went wrong, in one line unless more is asked for."""
+    if "--verbose" in given:
+        traceback.print_exception(error)
+    if isinstance(error, Infeasible) and "--json" in given:
+        print(json.dumps({"status": "Infeasible", "reason": str(error)}), flush=True)
+    if isinstance(error, AutoparError):
+        print(f"autopar-solve: error: {_line(str(error))}", file=sys.stderr)
+        return 2
+    advice = "" if "--verbose" in given else "; this is a fault of autopar's, --verbose shows where"
+    print(f"autopar-solve: error: {_line(f'{type(error).__name__}: {error}')}{advice}", file=sys.stderr)
+    return 1
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

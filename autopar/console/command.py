@@ -1,0 +1,52 @@
+"""What `autopar-solve` does once its arguments are read: build, trace, solve, tell."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import cast
+
+import torch
+
+from autopar.console.options import Options
+from autopar.console.progress import Progress
+from autopar.console.report import as_json, as_text, as_verbose_text
+from autopar.core.cluster import Cluster
+from autopar.launch import local_cluster
+from autopar.models.registry import build
+from autopar.passes.capture import Precision, capture
+from autopar.planner import Request, prepare, shapes_for, solve
+
+MOST_PROCESSES = 8
+"""Local processes that are planned for where there is no GPU: more share a machine's memory too thinly."""
+
+
+def answer(options: Options, progress: Progress, start: float) -> str:
+    """The plan as text to print; `start` is when the command started, of `time.perf_counter`. Raises AutoparError."""
+    cluster = options.cluster or this_machine()
+    request = Request(options.model, options.mode, options.mesh, options.optimizer, options.memory_budget,
+                      options.solver)
+    for shape in shapes_for(request, cluster):
+        request.setting(cluster, shape)  # refuses what doesn't fit together before anything is built
+    progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")
+    built = build(options.model, options.batch, options.seq)
+    progress.doing(f"tracing {options.model}")
+    program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
+    progress.doing("working out how each operation can be cut")
+    context = prepare(program)
+    progress.doing(f"solving for {cluster}")
+    plan, problem = solve(context, cluster, request, progress.found)
+    if options.out is not None:
+        plan.save(options.out)
+    if options.json:
+        return as_json(plan, time.perf_counter() - start)
+    text = as_verbose_text(plan, problem) if options.verbose else as_text(plan)
+    if options.cluster is None:
+        text += f"\ncluster: {cluster.name} is what this machine has; --cluster names another"
+    return text
+
+
+def this_machine() -> Cluster:
+    """The GPUs of this machine, or without any a local process for each core, rounded down to a power of two."""
+    cores = min(os.cpu_count() or 1, MOST_PROCESSES)
+    return local_cluster(torch.cuda.device_count() or 1 << (cores.bit_length() - 1))

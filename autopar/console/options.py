@@ -1,0 +1,129 @@
+"""The arguments of `autopar-solve`. Nothing here imports torch, so that help and most mistakes take no time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from autopar.core.cluster import Cluster
+from autopar.core.errors import AutoparError
+from autopar.core.mesh import parse_mesh
+from autopar.core.units import parse_bytes
+from autopar.models.catalog import DEFAULT_BATCH, MODELS, check_name
+
+# Kept equal by a test to the tables behind them, which live beside torch or PuLP.
+MODES = ("auto", "ddp", "zero3", "1d")
+OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
+PRECISIONS = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
+SOLVERS = ("cbc", "highs")
+
+DESCRIPTION = """\
+Plan the parallel training of a model on a cluster, and print the plan: how every operation is cut over
+the devices, what a step takes and what a device holds. Nothing is trained, downloaded or allocated."""
+EXAMPLES = """\
+examples:
+  autopar-solve --model gpt2 --cluster 8xA100-80GB --batch 64 --seq 1024
+  autopar-solve --model my/model.py:build --cluster cluster.json --memory-budget 20GiB --out plan.json"""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line asks for; None where it leaves the choice to the model, the machine or the search."""
+
+    model: str
+    batch: int | None
+    seq: int | None
+    precision: str
+    optimizer: str
+    cluster: Cluster | None
+    memory_budget: float | None
+    mode: str
+    mesh: tuple[int, ...] | None
+    solver: str
+    out: Path | None
+    json: bool
+    verbose: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are AutoparErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise AutoparError(f"{message}; `{self.prog} --help` tells what there is")
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """The options in `arguments`, the process's own when None. Raises AutoparError; SystemExit after `--help`."""
+    return Options(**vars(_parser().parse_args(arguments)))
+
+
+def read_cluster(text: str) -> Cluster:
+    """The cluster in the JSON file `text`, else the preset of that name. Raises AutoparError."""
+    is_file = text.endswith(".json") or "/" in text or Path(text).is_file()
+    return Cluster.load(text) if is_file else Cluster.preset(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("autopar-solve", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_workload(parser.add_argument_group("what to train"))
+    _add_place(parser.add_argument_group("where"))
+    _add_search(parser.add_argument_group("how"))
+    _add_output(parser.add_argument_group("what comes out"))
+    return parser
+
+
+def _add_workload(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", required=True, type=check_name, metavar="NAME",
+                       help=f"one of {', '.join(MODELS)}; or path/to/file.py:factory, a function that returns a module "
+                            "(whose forward takes input_ids and labels), (module, inputs) or (module, inputs, loss_fn) "
+                            "and is called with batch= and seq= where it takes them")
+    group.add_argument("--batch", type=_count, metavar="N",
+                       help=f"samples of the global batch (default: {DEFAULT_BATCH}, or a factory's own)")
+    group.add_argument("--seq", type=_count, metavar="N",
+                       help="tokens a sample (default: the longest the model takes, or a factory's own)")
+    group.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed", metavar="P",
+                       help=_choices(PRECISIONS))
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", metavar="O",
+                       help=_choices(OPTIMIZERS))
+
+
+def _add_place(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--cluster", type=read_cluster, metavar="C",
+                       help="a preset, [nodes x] devices x type such as 8xA100-80GB or 2x8xH100, or cpu:N for N local "
+                            "processes; or a path to cluster JSON (default: what this machine has)")
+    group.add_argument("--memory-budget", type=parse_bytes, metavar="BYTES",
+                       help="what a device may hold: bytes, or a number with MB, MiB, GB or GiB such as 20GiB "
+                            "(default: the device's memory less 8 %%)")
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--mode", choices=MODES, default="auto", metavar="M", help=_choices(MODES))
+    group.add_argument("--mesh", type=_mesh, metavar="SHAPE",
+                       help="the grid of devices, such as 4x2 (default: the best of all shapes)")
+    group.add_argument("--solver", choices=SOLVERS, default="cbc", metavar="S", help=_choices(SOLVERS))
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--out", type=Path, metavar="PLAN.JSON",
+                       help="also write the plan to this file (default: not written)")
+    group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    group.add_argument("--verbose", action="store_true",
+                       help="print the cost of every edge first, tell what is being done, and show tracebacks")
+
+
+def _choices(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]} (default: %(default)s)"
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _mesh(text: str) -> tuple[int, ...]:
+    return parse_mesh(text).shape
