@@ -14,8 +14,8 @@ from autopar.codegen.lower import Lowered, Target, lower
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
 from autopar.passes.decision import Decision
-from autopar.passes.ops import Op
-from autopar.passes.segments import Segment
+from autopar.passes.factors import Factored
+from autopar.passes.segments import Segment, plain_arguments
 
 Values = dict[fx.Node, Tensor]
 
@@ -65,51 +65,50 @@ def offline(mesh: Mesh) -> Communicator:
 
 
 def build(target: Target) -> Executable:
-    """Lower every class of the program once for each way its inputs come in."""
-    segmented = target.decision.context.segmented
-    exported = _exported(target.decision)
-    places = _places(segmented.ops, segmented.segments, exported)
+    """Lower every class of the program once for each way its inputs come in and its results go out."""
+    decision = target.decision
+    exported = _exported(decision)
     cache: dict[Any, Lowered] = {}
     calls = []
-    for segment in segmented.segments:
-        exports = tuple(segmented.ops[segment.first + i].results[j].node for i, j in places[segment.class_id])
-        key = (segment.class_id, _arrivals(segment, target), _returned(exports, target.decision))
+    for segment in decision.context.segmented.segments:
+        exports = exported.get(segment.name, {})
+        key = (segment.class_id, _arrivals(segment, target), tuple(exports.values()))
         if key not in cache:
-            cache[key] = lower(segment, exports, target)
-        calls.append(Call(segment, cache[key], exports))
-    return Executable(target.decision, tuple(calls), _freed(tuple(calls)))
+            cache[key] = lower(segment, tuple(exports), target)
+        calls.append(Call(segment, cache[key], tuple(exports)))
+    return Executable(decision, tuple(calls), _freed(tuple(calls)))
 
 
-def _exported(decision: Decision) -> set[fx.Node]:
-    """The op results that another segment or the caller reads."""
-    factored = decision.context.segmented.factored
-    outputs = {factored.base(o)[0] for o in factored.program.outputs if isinstance(o, fx.Node)}
-    return outputs | {n for s in decision.context.segmented.segments for n in s.externals if n in decision.sources}
+def _exported(decision: Decision) -> dict[str, dict[fx.Node, Any]]:
+    """By segment, the values that another segment or the caller reads, each with its place in the segment."""
+    segmented = decision.context.segmented
+    factored, producer = segmented.factored, decision.context.producer
+    owner = {i: segment for segment in segmented.segments for i in segment.ops}
+    outputs = [factored.base(o)[0] for o in factored.program.outputs if isinstance(o, fx.Node)]
+    read = [n for s in segmented.segments for n in s.externals if factored.base(n)[0] in producer]
+    found: dict[str, list[tuple[Any, fx.Node]]] = {}
+    for node in dict.fromkeys([*outputs, *read]):
+        base = factored.base(node)[0]
+        index = producer[base]
+        result = [r.node for r in segmented.ops[index].results].index(base)
+        place = (index - owner[index].first, result, _chain(node, factored), node in outputs)
+        found.setdefault(owner[index].name, []).append((place, node))
+    return {name: {node: place for place, node in sorted(each, key=lambda e: str(e[0]))} for name, each in found.items()}
 
 
-def _places(ops: tuple[Op, ...], segments: tuple[Segment, ...],
-            exported: set[fx.Node]) -> dict[int, list[tuple[int, int]]]:
-    """By class, (op, result) of everything that some segment of the class exports."""
-    found: dict[int, dict[tuple[int, int], None]] = {}
-    for segment in segments:
-        places = found.setdefault(segment.class_id, {})
-        for i in segment.ops:
-            for j, result in enumerate(ops[i].results):
-                if result.node in exported:
-                    places[i - segment.first, j] = None
-    return {class_id: sorted(places) for class_id, places in found.items()}
+def _chain(node: fx.Node, factored: Factored) -> tuple[str, ...]:
+    """How a renaming comes about from the value that it renames."""
+    steps = []
+    while node in factored.aliases:
+        steps.append(f"{node.target} {plain_arguments(node)}")
+        node = factored.aliases[node].source
+    return tuple(steps)
 
 
 def _arrivals(segment: Segment, target: Target) -> tuple[Any, ...]:
     """In which spec each external comes, which with the class makes the local program."""
     decision = target.decision
-    return tuple(decision.sources.get(n) or decision.storage.get(n) or target.inputs.get(n) for n in segment.externals)
-
-
-def _returned(exports: tuple[fx.Node, ...], decision: Decision) -> tuple[bool, ...]:
-    factored = decision.context.segmented.factored
-    outputs = {factored.base(o)[0] for o in factored.program.outputs if isinstance(o, fx.Node)}
-    return tuple(node in outputs for node in exports)
+    return tuple(decision.arrival(n) or decision.storage.get(n) or target.inputs.get(n) for n in segment.externals)
 
 
 def _freed(calls: tuple[Call, ...]) -> tuple[tuple[fx.Node, ...], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.distributed.tensor import Shard
 from autopar.codegen.parameters import Stored, local, submesh
 from autopar.core.mesh import Mesh
 
+# A segment may hand on a view (a reshaped result); nothing here ever writes in place to what a module returns.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
 Continuation = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
 

@@ -74,7 +74,7 @@ class _Lowering:
         for node in self.segment.externals:
             placeholder = self.graph.placeholder(node.name)
             self.sources[node] = self._external_spec(node)
-            self.made[node, self.sources[node]] = placeholder
+            self.made[node, self._base_spec(node)] = placeholder
         self.seed = self.graph.placeholder("seed")
         self._receive_parameters()
         for index in self.segment.ops:
@@ -88,16 +88,20 @@ class _Lowering:
     def _external_spec(self, node: fx.Node) -> Spec:
         if node in self.decision.storage:
             return self.decision.storage[node].spec(self.context.rank(node), node in self.context.gradients)
-        if node in self.decision.sources:
-            return self.decision.sources[node]
-        return self.target.inputs.get(node, Spec(((),) * self.context.rank(node)))
+        arrived = self.decision.arrival(node)
+        return arrived if arrived is not None else self.target.inputs.get(node, Spec(((),) * self.context.rank(node)))
 
     def _output(self, node: fx.Node) -> fx.Node:
         """A value as its op makes it; the program's own outputs whole."""
         outputs = self.factored.program.outputs
         if any(isinstance(o, fx.Node) and self.factored.base(o)[0] is node for o in outputs):
-            return self._reshard(node, Spec(((),) * self.context.rank(node)))
-        return self.made[node, self.decision.sources[node]]
+            return self._value(node, Spec(((),) * self.context.rank(node)))
+        return self._value(node, self.decision.sources[self.factored.base(node)[0]])
+
+    def _base_spec(self, node: fx.Node) -> Spec:
+        """The spec of the value behind an external when the external arrives."""
+        base, _ = self.factored.base(node)
+        return self.decision.sources.get(base, self.sources[node])
 
     # Parameters
 
@@ -142,28 +146,27 @@ class _Lowering:
     def _value(self, node: fx.Node, wanted: Spec) -> fx.Node:
         """`node` when its base has the spec `wanted`."""
         if (node, wanted) not in self.made:
-            alias = self.factored.aliases.get(node)
-            self.made[node, wanted] = self._reshard(node, wanted) if alias is None else self._rename(node, wanted)
+            inside = node in self.factored.aliases and node not in self.segment.externals
+            self.made[node, wanted] = self._rename(node, wanted) if inside else self._reshard(node, wanted)
         return self.made[node, wanted]
 
-    def _reshard(self, base: fx.Node, wanted: Spec) -> fx.Node:
-        if (base, wanted) in self.made:
-            return self.made[base, wanted]
-        source = self.sources[base]
-        if base in self.decision.storage:
-            source = with_summed(source, replicated_axes(source, wanted))
-        cargo = Cargo(whole_bytes(self.factored, base), base in self.context.gradients)
-        path = cheapest_path(source, wanted, self.mesh, cargo, self.target.price)
-        assert math.isfinite(path.seconds), f"no way from {source} to {wanted} for {base}"
+    def _reshard(self, port: fx.Node, wanted: Spec) -> fx.Node:
+        """An external or a value made here, when its base has the spec `wanted`."""
+        source, target = self.sources[port], from_base(wanted, self.factored.base(port)[1])
+        arrived = self._base_spec(port)
+        if port in self.decision.storage:
+            arrived = source = with_summed(source, replicated_axes(source, wanted))
+        cargo = Cargo(whole_bytes(self.factored, port), port in self.context.gradients)
+        path = cheapest_path(source, target, self.mesh, cargo, self.target.price)
+        assert math.isfinite(path.seconds), f"no way from {source} to {target} for {port}"
         if not path.steps:
-            return self.made[base, source]
-        value = value_of(base)
+            return self.made[port, arrived]
+        value = value_of(port)
         assert value is not None
-        module = Reshard(path.steps, local_factors(self.factored, base, source, self.mesh),
-                         local_shape(self.factored, base, wanted, self.mesh), value.dtype, self.target.communicator)
-        made = self._call(module, f"reshard_{base.name}", (self.made[base, source],))
-        made.meta["reshard"] = (base in self.decision.storage, cargo.differentiable)
-        self.made[base, wanted] = made
+        module = Reshard(path.steps, local_factors(self.factored, port, source, self.mesh),
+                         local_shape(self.factored, port, target, self.mesh), value.dtype, self.target.communicator)
+        made = self._call(module, f"reshard_{port.name}", (self.made[port, arrived],))
+        made.meta["reshard"] = (port in self.decision.storage, cargo.differentiable)
         return made
 
     def _rename(self, node: fx.Node, wanted: Spec) -> fx.Node:

@@ -118,7 +118,7 @@ def _arguments(call: Call, decision: Decision) -> list[Tensor]:
     made = []
     for node, placeholder in zip(call.lowered.segment.externals, call.lowered.module.graph.nodes, strict=False):
         value = node.meta["val"]
-        spec = decision.sources.get(node, Spec(((),) * len(factored.flat(node))))
+        spec = decision.arrival(node) or Spec(((),) * len(factored.flat(node)))
         dtype = value.dtype
         if node in decision.storage:
             spec = decision.storage[node].spec(len(factored.flat(node)), node in decision.context.gradients)

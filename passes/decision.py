@@ -9,7 +9,7 @@ from torch import fx
 
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
-from autopar.passes.layout import based, to_base
+from autopar.passes.layout import based, from_base, to_base
 from autopar.passes.ops import Op, OpOperand, is_parameter
 from autopar.passes.segments import Segmented
 from autopar.passes.strategies import Assignment, Storage, differentiable, operand_spec, result_spec
@@ -61,6 +61,11 @@ class Decision:
     mesh: Mesh
     assignments: tuple[Assignment, ...]
     storage: dict[fx.Node, Storage]
+
+    def arrival(self, node: fx.Node) -> Spec | None:
+        """The spec in which `node`, an op's result or a renaming of one, comes out; None for other values."""
+        base, index = self.context.segmented.factored.base(node)
+        return from_base(self.sources[base], index) if base in self.sources else None
 
     @cached_property
     def sources(self) -> dict[fx.Node, Spec]:

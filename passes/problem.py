@@ -20,6 +20,7 @@ from autopar.passes.decision import Context, Decision
 from autopar.passes.layout import based, from_base, itemsize, local_bytes, local_shape, whole_bytes
 from autopar.passes.ops import Op, is_parameter
 from autopar.passes.segments import Segment as ProgramSegment
+from autopar.passes.segments import plain_arguments
 from autopar.passes.strategies import Assignment, Mode, Storage, assignments, storages
 
 Key = tuple[object, ...]
@@ -214,6 +215,12 @@ class _Builder:
     def _origin(self, node: fx.Node) -> object:
         if node in self.context.producer:
             return self._op_node(self.context.producer[node]), self._result_place(node)
+        if node in self.factored.aliases:
+            chain = []
+            while node in self.factored.aliases:
+                chain.append((str(node.target), plain_arguments(node)))
+                node = self.factored.aliases[node].source
+            return (self._origin(node), *chain)
         return self.number[self.home[node]] if node in self.home else "given"
 
     def _result_place(self, node: fx.Node) -> int:
@@ -228,19 +235,20 @@ class _Builder:
             op = self.context.segmented.ops[index]
             number = self._op_node(index)
             for operand in op.operands:
-                base = based(self.factored, operand).node
+                port = segment.port(operand.node, self.factored)
+                base, index = self.factored.base(port)
                 if base not in self.context.producer and base not in self.users:
                     continue
-                specs = wanted.setdefault(base, {})
-                targets = tuple(specs.setdefault(self.context.wanted(op, operand, a), len(specs))  # type: ignore[arg-type]
-                                for a in self.options[number])
-                consumers.setdefault(base, []).append(Consumer(number, targets))
+                specs = wanted.setdefault(port, {})
+                asked = [from_base(self.context.wanted(op, operand, a), index) for a in self.options[number]]  # type: ignore[arg-type]
+                targets = tuple(specs.setdefault(spec, len(specs)) for spec in asked)
+                consumers.setdefault(port, []).append(Consumer(number, targets))
         for base in self._outputs(segment):
             specs = wanted.setdefault(base, {})
             whole = Spec(((),) * self.context.rank(base))
             target = specs.setdefault(whole, len(specs))
             consumers.setdefault(base, []).append(Consumer(self.number["output",], (target,)))
-        flows = tuple(self._flow(base, found, list(wanted[base])) for base, found in consumers.items())
+        flows = tuple(self._flow(port, found, list(wanted[port])) for port, found in consumers.items())
         return Segment(segment.name, len(group), tuple(self._op_node(i) for i in segment.ops), flows)
 
     def _outputs(self, segment: ProgramSegment) -> list[fx.Node]:
@@ -248,8 +256,9 @@ class _Builder:
         bases = [self.factored.base(o)[0] for o in self.factored.program.outputs if isinstance(o, fx.Node)]
         return [base for base in dict.fromkeys(bases) if base in made]
 
-    def _flow(self, base: fx.Node, consumers: list[Consumer], targets: list[Spec]) -> Flow:
-        cargo = Cargo(whole_bytes(self.factored, base), base in self.context.gradients)
+    def _flow(self, port: fx.Node, consumers: list[Consumer], targets: list[Spec]) -> Flow:
+        cargo = Cargo(whole_bytes(self.factored, port), port in self.context.gradients)
+        base, index = self.factored.base(port)
         if base in self.users:
             number = self.number[self.home[base]]
             table = [[parameter_seconds(s, t, cargo, self.setting, self.reduce_scale) for t in targets]  # type: ignore[arg-type]
@@ -260,14 +269,14 @@ class _Builder:
             op = self.context.segmented.ops[self.context.producer[base]]
             result = op.results[self._result_place(base)]
             specs: dict[Spec, int] = {}
-            sources = tuple(specs.setdefault(self.context.emitted(op, result, a), len(specs))  # type: ignore[arg-type]
-                            for a in self.options[number])
+            made = [from_base(self.context.emitted(op, result, a), index) for a in self.options[number]]  # type: ignore[arg-type]
+            sources = tuple(specs.setdefault(spec, len(specs)) for spec in made)
             mesh, price = self.setting.mesh, self.setting.price
             paths = [[cheapest_path(s, t, mesh, cargo, price) for t in targets] for s in specs]
             table = [[(path.forward, path.backward) for path in row] for row in paths]
         forward = tuple(tuple(f for f, _ in row) for row in table)
         backward = tuple(tuple(b for _, b in row) for row in table)
-        return Flow(base.name, number, sources, tuple(consumers), forward, backward, base in self.users)
+        return Flow(port.name, number, sources, tuple(consumers), forward, backward, base in self.users)
 
 
 def check_batch(context: Context, setting: Setting) -> None:

@@ -17,7 +17,8 @@ from autopar.core.errors import CaptureError
 from autopar.passes.capture import Program
 from autopar.passes.factors import Factored, analyse
 from autopar.passes.functional import value_of
-from autopar.passes.ops import Op, factor_roles, make_ops
+from autopar.passes.ops import Op, block_of, factor_roles, make_ops
+from autopar.passes.strategies import differentiable
 
 aten = torch.ops.aten
 
@@ -28,7 +29,10 @@ REPLAYED = {aten.dropout.default, aten.rand.default, aten.scaled_dot_product_att
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """Ops `first` to `last` - 1 of the program; `externals` are the values it reads from outside, in order of use."""
+    """Ops `first` to `last` - 1 of the program; `externals` are the values it reads from outside, in order of use.
+
+    A renaming made outside of the segment is an external itself, not the value it renames.
+    """
 
     name: str
     first: int
@@ -40,6 +44,12 @@ class Segment:
     def ops(self) -> range:
         """The indices of its ops."""
         return range(self.first, self.last)
+
+    def port(self, node: fx.Node, factored: Factored) -> fx.Node:
+        """Where `node` comes into the segment, or the value made in it that `node` renames."""
+        while node not in self.externals and node in factored.aliases:
+            node = factored.aliases[node].source
+        return node
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,48 +75,53 @@ class Segmented:
 
 def segment_program(factored: Factored) -> Segmented:
     """Make ops, cut them into segments and number the classes of equal ones."""
-    ops = make_ops(factored)
+    ops, gradients = make_ops(factored), differentiable(factored)
     runs = [list(run) for _, run in itertools.groupby(range(len(ops)), key=lambda i: ops[i].block)]
     numbers: dict[Any, int] = {}
     segments: list[Segment] = []
     for run in runs:
-        externals, signature = _signature([ops[i] for i in run], factored)
+        externals, signature = _signature([ops[i] for i in run], factored, gradients)
         class_id = numbers.setdefault(signature, len(numbers))
         name = ops[run[0]].block.replace(".", "_") or f"between_{len(segments)}"
         segments.append(Segment(name, run[0], run[-1] + 1, externals, class_id))
     return Segmented(factored, ops, tuple(segments))
 
 
-def _signature(ops: list[Op], factored: Factored) -> tuple[tuple[fx.Node, ...], Any]:
+def _signature(ops: list[Op], factored: Factored,
+               gradients: frozenset[fx.Node]) -> tuple[tuple[fx.Node, ...], Any]:
     """The values read from outside and a hashable description that equal segments share."""
     place: dict[fx.Node, Any] = {n: ("op", i, j) for i, op in enumerate(ops) for j, n in enumerate(op.nodes)}
     externals: dict[fx.Node, int] = {}
     roles = factor_roles(factored)
 
+    def outside(node: fx.Node) -> bool:
+        base = factored.base(node)[0]
+        return base not in place and base.op == "call_function" and block_of(node) != ops[0].block
+
     def refer(node: fx.Node) -> Any:
         if node in place:
             return place[node]
-        if node in factored.aliases:
-            return ("alias", str(node.target), _plain(node), refer(factored.aliases[node].source))
+        if node in factored.aliases and not outside(node):
+            return ("alias", str(node.target), plain_arguments(node), refer(factored.aliases[node].source))
         if node.op == "call_function" and value_of(node) is None:
-            return ("list", str(node.target), _plain(node))
+            return ("list", str(node.target), plain_arguments(node))
         number = externals.setdefault(node, len(externals))
         value = value_of(node)
         assert value is not None
         kind = factored.program.sources[node.name].kind if node.op == "placeholder" else "value"
         dims = tuple(tuple((factored.sizes[f], roles.get(f)) for f in dim) for dim in factored.dims[node])
-        return ("external", number, kind, dims, str(value.dtype), tuple(value.shape))
+        return ("external", number, kind, dims, str(value.dtype), tuple(value.shape), node in gradients)
 
     described: list[Any] = []
     for op in ops:
         for node in op.nodes:
-            described.append((str(node.target), _plain(node), tuple(refer(n) for n in node.all_input_nodes)))
+            described.append((str(node.target), plain_arguments(node), tuple(refer(n) for n in node.all_input_nodes)))
         described.append((op.factors, tuple((refer(o.node), o.keys, o.additive) for o in op.operands),
                           tuple((refer(r.node), r.keys) for r in op.results)))
     return tuple(externals), tuple(described)
 
 
-def _plain(node: fx.Node) -> str:
+def plain_arguments(node: fx.Node) -> str:
     """The arguments of a node with its tensors' names left out."""
     return str(fx.map_arg((node.args, dict(node.kwargs)), lambda _: "tensor"))
 
