@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from autopar.console.options import Options
-from autopar.console.progress import Progress
+from autopar.console.progress import Progress, hushed
 from autopar.console.report import as_json, as_text, as_verbose_text
 from autopar.core.cluster import Cluster
 from autopar.launch import local_cluster
@@ -31,7 +31,8 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")
     built = build(options.model, options.batch, options.seq)
     progress.doing(f"tracing {options.model}")
-    program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
+    with hushed(options.verbose):
+        program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
     progress.doing("working out how each operation can be cut")
     context = prepare(program)
     progress.doing(f"solving for {cluster}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -65,9 +67,24 @@ class Spinner:
 @contextlib.contextmanager
 def telling(verbose: bool) -> Iterator[Progress]:
     """Lines when `verbose`, else a spinner on a terminal, else silence."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)
     if verbose or not console.is_terminal:
         yield Lines() if verbose else Silent()
         return
     with console.status("") as status:
         yield Spinner(console, status)
+
+
+@contextlib.contextmanager
+def hushed(verbose: bool) -> Iterator[None]:
+    """Unless `verbose`, what libraries print and log inside is lost: what they fail at comes as an exception."""
+    if verbose:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

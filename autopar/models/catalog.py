@@ -29,13 +29,14 @@ class Entry:
 
     family: str
     longest: int | None = None
-    settings: Mapping[str, int | bool] = field(default_factory=lambda: MappingProxyType({}))
+    settings: Mapping[str, float | bool] = field(default_factory=lambda: MappingProxyType({}))
 
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("GPT2Config", "GPT2LMHeadModel", "ForCausalLM"),
     "bert": Family("BertConfig", "BertForMaskedLM", "ForMaskedLM"),
     "opt": Family("OPTConfig", "OPTForCausalLM", "ForCausalLM"),
+    "llama": Family("LlamaConfig", "LlamaForCausalLM", "ForCausalLM"),
     "vit": Family("ViTConfig", "ViTForImageClassification", "ForImageClassification"),
 }
 
@@ -58,9 +59,17 @@ def _opt(layers: int, width: int, heads: int) -> Entry:
         "word_embed_proj_dim": width, "use_cache": False}))
 
 
+def _llama(longest: int, vocabulary: int, wide: int, groups: int, theta: float) -> Entry:
+    return Entry("llama", longest, MappingProxyType({
+        "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": groups,
+        "intermediate_size": wide, "vocab_size": vocabulary, "max_position_embeddings": longest, "rope_theta": theta,
+        "use_cache": False}))
+
+
 # Sources: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); Brown et al., "Language Models
 # are Few-Shot Learners" (2020), its vocabulary rounded up to 50304; Devlin et al., "BERT" (2018), uncased; Zhang et
-# al., "OPT" (2022); Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020); He et al. (2015).
+# al., "OPT" (2022); Touvron et al., "LLaMA" (2023), its 7B; Llama Team, "The Llama 3 Herd of Models" (2024), its 8B;
+# Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020); He et al. (2015).
 MODELS: dict[str, Entry] = {
     "gpt2": _gpt(12, 768, 12),
     "gpt2-medium": _gpt(24, 1024, 16),
@@ -72,6 +81,8 @@ MODELS: dict[str, Entry] = {
     "opt-125m": _opt(12, 768, 12),
     "opt-1.3b": _opt(24, 2048, 32),
     "opt-13b": _opt(40, 5120, 40),
+    "llama-7b": _llama(2048, 32000, 11008, 32, 1e4),
+    "llama-8b": _llama(8192, 128256, 14336, 8, 5e5),
     "vit-b16": Entry("vit", None, MappingProxyType({"image_size": IMAGE_SIZE, "num_labels": CLASSES})),
     **{f"resnet{depth}": Entry("resnet") for depth in (18, 34, 50, 101, 152)},
 }

@@ -87,7 +87,7 @@ def _attribute(module: ModuleType, path: Path, name: str) -> Callable[..., Any]:
     if callable(found):
         return found  # type: ignore[no-any-return]
     own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-    what = f"has no {name!r}" if found is None else f"has {name!r}, but it is a {type(found).__name__}"
+    what = f"has no {name!r}" if found is None else f"has {name!r}, but of type {type(found).__name__}"
     raise AutoparError(f"{path} {what}; needed is a function or class, found are {', '.join(own) or 'none'}")
 
 
@@ -113,7 +113,8 @@ def _parts(made: Any, where: str) -> tuple[nn.Module, Inputs | None, Any]:
         raise AutoparError(f"{where} returned {found}; needed is {FORMS}")
     loss_fn = parts[2] if len(parts) == 3 else None
     if loss_fn is not None and not callable(loss_fn):
-        raise AutoparError(f"{where} returned a {type(loss_fn).__name__} as loss_fn; needed is loss_fn(output, target)")
+        raise AutoparError(f"{where} returned a loss_fn of type {type(loss_fn).__name__}; needed is a function of output "
+                           "and target")
     return parts[0], _inputs(parts[1], where) if len(parts) > 1 else None, loss_fn
 
 
@@ -122,7 +123,7 @@ def _inputs(given: Any, where: str) -> Inputs:
         return given
     if isinstance(given, (tuple, list, Tensor)):
         return (given,) if isinstance(given, Tensor) else tuple(given)
-    raise AutoparError(f"{where} returned a {type(given).__name__} as inputs; needed is a tensor, a tuple of "
+    raise AutoparError(f"{where} returned inputs of type {type(given).__name__}; needed is a tensor, a tuple of "
                        "positional or a dict of keyword arguments")
 
 
