@@ -143,7 +143,7 @@ class Programs:
         found = Plan.from_json(json.loads(launch.on_rank_zero(make)))
         if found.cluster_key != order.cluster.key() or found.program_key != program_key(ctx):
             raise AutoparError(f"the plan is for program {found.program_key} on {found.cluster} ({found.cluster_key}), "
-                               f"this is {program_key(ctx)} on {order.cluster.name} ({order.cluster.key()}); plan again")
+                               f"this is {program_key(ctx)} on {order.cluster} ({order.cluster.key()}); plan again")
         return found
 
     def settle(self, training: bool, decision: Decision, communicator: Communicator) -> None:

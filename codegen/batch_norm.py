@@ -1,7 +1,8 @@
 """Batch norm over a batch that is sharded, with the statistics of the whole.
 
 Sums are taken in fp64, so that the whole's statistics don't depend on how it was cut. One all-reduce forward, one
-backward. Source of the backward: Ioffe and Szegedy, "Batch Normalization" (2015), section 3, with its sums over all ranks.
+backward. Source of the backward: Ioffe and Szegedy, "Batch Normalization" (2015), section 3, its sums over all
+ranks.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Normalize(torch.autograd.Function):
         return normal if bias is None else normal + _wide(bias, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         dims = _dims(x)
         normal = (x - _wide(mean, x)) * _wide(scale, x)

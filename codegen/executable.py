@@ -93,7 +93,8 @@ def _exported(decision: Decision) -> dict[str, dict[fx.Node, Any]]:
         result = [r.node for r in segmented.ops[index].results].index(base)
         place = (index - owner[index].first, result, _chain(node, factored), node in outputs)
         found.setdefault(owner[index].name, []).append((place, node))
-    return {name: {node: place for place, node in sorted(each, key=lambda e: str(e[0]))} for name, each in found.items()}
+    ordered = {name: sorted(each, key=lambda e: str(e[0])) for name, each in found.items()}
+    return {name: {node: place for place, node in each} for name, each in ordered.items()}
 
 
 def _chain(node: fx.Node, factored: Factored) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
 from autopar.passes.factors import PERMUTED, SPLITS
-from autopar.passes.layout import from_base, local_factors, local_shape, whole_bytes
 from autopar.passes.functional import value_of
+from autopar.passes.layout import from_base, local_factors, local_shape, whole_bytes
 from autopar.passes.ops import Op, OpOperand
 from autopar.passes.problem import replicated_axes, with_summed
 from autopar.passes.segments import Segment

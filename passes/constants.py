@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from autopar.passes.capture import Program, Source
+from autopar.passes.evaluate import collapsed, evaluate
 from autopar.passes.functional import value_of
 
 aten = torch.ops.aten
@@ -34,7 +34,8 @@ class FoldConstants:
     def __call__(self, program: Program) -> Program:
         values = _evaluate(program)
         attentions = [n for n in program.graph.nodes if n.target == SDPA]
-        patterns = {mask: mask_pattern(values[mask]) for mask in dict.fromkeys(map(_mask, attentions)) if mask in values}
+        masks = [mask for mask in dict.fromkeys(map(_mask, attentions)) if mask in values]
+        patterns = {mask: mask_pattern(values[mask]) for mask in masks}
         notes = tuple(dict.fromkeys(_fold_mask(n, patterns) for n in attentions))
         frontier = [n for n in values if n.op == "call_function" and any(u not in values for u in n.users)]
         kept = {n: values[n] for n in frontier if isinstance(values[n], Tensor)}
@@ -53,17 +54,13 @@ def _evaluate(program: Program) -> dict[fx.Node, Any]:
             continue
         if all(i in values for i in node.all_input_nodes):
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-            values[node] = node.target(*_on_cpu(args), **_on_cpu(kwargs))
+            values[node] = evaluate(node, args, kwargs)
         elif node.target in SHAPE_ONLY:
             operand = value_of(node.args[0])
             assert operand is not None
             like = torch.empty(operand.shape, dtype=operand.dtype)
-            values[node] = node.target(like, *_on_cpu(node.args[1:]), **_on_cpu(dict(node.kwargs)))
+            values[node] = evaluate(node, (like, *node.args[1:]), dict(node.kwargs))
     return values
-
-
-def _on_cpu(tree: Any) -> Any:
-    return pytree.tree_map_only(torch.device, lambda _: torch.device("cpu"), tree)
 
 
 def _place(graph: fx.Graph, node: fx.Node, value: Tensor) -> str:
@@ -100,6 +97,8 @@ def _named_kwargs(node: fx.Node) -> dict[str, Any]:
 
 def mask_pattern(mask: Tensor) -> str:
     """`causal`, `full` or `masked`: what a (…, queries, keys) mask lets through, boolean or additive."""
+    queries, keys = mask.shape[-2:]
+    mask = collapsed(mask)
     if mask.dtype != torch.bool:
         hidden = mask <= torch.finfo(mask.dtype).min / 2
         if not bool((hidden | (mask == 0)).all()):
@@ -107,7 +106,6 @@ def mask_pattern(mask: Tensor) -> str:
         mask = ~hidden
     if bool(mask.all()):
         return "full"
-    queries, keys = mask.shape[-2:]
     triangle = torch.ones(queries, keys, dtype=torch.bool).tril()
     return "causal" if queries == keys and bool((mask == triangle).all()) else "masked"
 

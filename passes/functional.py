@@ -76,7 +76,8 @@ def inline(graph: fx.Graph) -> None:
         if node.op != "call_function" or getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
             continue
         enabled, submodule, *operands = node.args
-        inner = graph.owning_module.get_submodule(submodule.target)
+        assert graph.owning_module is not None
+        inner: Any = graph.owning_module.get_submodule(submodule.target)
         values = dict(zip([n for n in inner.graph.nodes if n.op == "placeholder"], operands, strict=True))
         with graph.inserting_before(node):
             made = graph.graph_copy(inner.graph, values)
@@ -142,8 +143,8 @@ def _write(node: fx.Node, program: Program, current: dict[fx.Node, fx.Node]) -> 
         view = WRITTEN_BACK[root.target](_latest(base, current), view, root)
         root = base
     if root.op == "placeholder" and program.sources[root.name].kind in ("buffer", "parameter"):
-        raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to a part of {program.sources[root.name].name} "
-                           "in place, which can't be traced; assign the whole buffer with copy_")
+        raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to a part of "
+                           f"{program.sources[root.name].name} in place, which can't be traced; assign the whole buffer")
     current[root] = view
     _refresh_views(root, view, current)
 
@@ -160,8 +161,8 @@ def _as_value(node: fx.Node, written: fx.Node) -> fx.Node:
     packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
     functional = getattr(getattr(aten, packet.rstrip("_"), None), overload, None)
     if functional is None:
-        raise CaptureError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, which has no form that makes a "
-                           "new value; use one there")
+        raise CaptureError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, which has no form that makes "
+                           "a new value; use an op that has one there")
     node.target = functional
     return node
 

@@ -17,14 +17,13 @@ from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segmen
 from autopar.core.spec import Spec
 from autopar.passes.costs import MASTER_BYTES, Optimizer, Work, work_of
 from autopar.passes.decision import Context, Decision
-from autopar.passes.layout import based, from_base, itemsize, local_bytes, local_shape, whole_bytes
+from autopar.passes.layout import from_base, itemsize, local_bytes, local_shape, whole_bytes
 from autopar.passes.ops import Op, is_parameter
 from autopar.passes.segments import Segment as ProgramSegment
 from autopar.passes.segments import plain_arguments
 from autopar.passes.strategies import Assignment, Mode, Storage, assignments, storages
 
 Key = tuple[object, ...]
-_FIXED: tuple[Assignment, ...] = ((),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,21 +48,21 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A sharding instance; `options[n]` are what the choices of node n stand for."""
+    """A sharding instance; `assigned[n]` or `stored[n]` are what the choices of node n stand for."""
 
     context: Context
     setting: Setting
     instance: Instance
     op_nodes: tuple[int, ...]
     parameter_nodes: dict[fx.Node, int]
-    options: tuple[tuple[Assignment, ...] | tuple[Storage, ...], ...]
+    assigned: dict[int, tuple[Assignment, ...]]
+    stored: dict[int, tuple[Storage, ...]]
 
     def decide(self, choices: tuple[int, ...]) -> Decision:
         """What a choice for every node means for the program."""
-        taken = [self.options[n][c] for n, c in enumerate(choices)]
-        ops = tuple(taken[n] for n in self.op_nodes)
-        stored = {node: taken[n] for node, n in self.parameter_nodes.items()}
-        return Decision(self.context, self.setting.mesh, ops, stored)  # type: ignore[arg-type]
+        ops = tuple(self.assigned[n][choices[n]] for n in self.op_nodes)
+        stored = {node: self.stored[n][choices[n]] for node, n in self.parameter_nodes.items()}
+        return Decision(self.context, self.setting.mesh, ops, stored)
 
 
 def op_work(context: Context, op: Op, assignment: Assignment, mesh: Mesh) -> Work:
@@ -128,7 +127,8 @@ class _Builder:
         self.context, self.setting = context, setting
         self.factored = context.segmented.factored
         self.nodes: list[Node] = []
-        self.options: list[tuple[Assignment, ...] | tuple[Storage, ...]] = []
+        self.assigned: dict[int, tuple[Assignment, ...]] = {}
+        self.stored: dict[int, tuple[Storage, ...]] = {}
         self.number: dict[Key, int] = {}
         self.segment_of = {i: s for s in context.segmented.segments for i in s.ops}
         self.counts = Counter(s.class_id for s in context.segmented.segments)
@@ -137,7 +137,7 @@ class _Builder:
         self.reduce_scale = 1.0 if context.segmented.factored.program.precision in ("fp32", "bf16") else 2.0
 
     def build(self) -> Problem:
-        self._add_node(("output",), "output", [Choice("R")], _FIXED, 1)
+        self._add_node(("output",), "output", [Choice("R")], 1)
         for segment in self.context.segmented.representatives.values():
             for place, index in enumerate(segment.ops):
                 self._add_op(("op", segment.class_id, place), self.context.segmented.ops[index], segment)
@@ -147,20 +147,19 @@ class _Builder:
         instance = Instance(tuple(self.nodes), segments, self.setting.budget)
         ops = tuple(self._op_node(i) for i in range(len(self.context.segmented.ops)))
         parameters = {node: self.number[self.home[node]] for node in self.users}
-        return Problem(self.context, self.setting, instance, ops, parameters, tuple(self.options))
+        return Problem(self.context, self.setting, instance, ops, parameters, self.assigned, self.stored)
 
-    def _add_node(self, key: Key, name: str, choices: list[Choice],
-                  options: tuple[Assignment, ...] | tuple[Storage, ...], count: int) -> None:
+    def _add_node(self, key: Key, name: str, choices: list[Choice], count: int) -> int:
         assert choices, f"{name} has no choice"
         self.number[key] = len(self.nodes)
         self.nodes.append(Node(name, tuple(choices), count))
-        self.options.append(options)
+        return self.number[key]
 
     def _add_op(self, key: Key, op: Op, segment: ProgramSegment) -> None:
         through = any(r.node in self.context.gradients for r in op.results)
         options = tuple(assignments(op, self.setting.mesh, self.setting.mode, through))
         choices = [self._op_choice(op, a, through) for a in options]
-        self._add_node(key, op.name, choices, options, self.counts[segment.class_id])
+        self.assigned[self._add_node(key, op.name, choices, self.counts[segment.class_id])] = options
 
     def _op_choice(self, op: Op, assignment: Assignment, through: bool) -> Choice:
         work = op_work(self.context, op, assignment, self.setting.mesh)
@@ -191,7 +190,8 @@ class _Builder:
             storages(self.factored, node, self.users[node], self.setting.mesh, self.setting.mode))
         choices = [self._storage_choice(node, storage) for storage in options]
         count = sum(other == key for other in self.home.values())
-        self._add_node(key, self.factored.program.sources[node.name].name, choices, options, count)
+        name = self.factored.program.sources[node.name].name
+        self.stored[self._add_node(key, name, choices, count)] = options
 
     def _storage_choice(self, node: fx.Node, storage: Storage) -> Choice:
         elements = whole_bytes(self.factored, node) / itemsize(node) / storage.resting_parts(self.setting.mesh)
@@ -231,16 +231,15 @@ class _Builder:
         segment = group[0]
         consumers: dict[fx.Node, list[Consumer]] = {}
         wanted: dict[fx.Node, dict[Spec, int]] = {}
-        for index in segment.ops:
-            op = self.context.segmented.ops[index]
-            number = self._op_node(index)
+        for place in segment.ops:
+            op, number = self.context.segmented.ops[place], self._op_node(place)
             for operand in op.operands:
                 port = segment.port(operand.node, self.factored)
                 base, index = self.factored.base(port)
                 if base not in self.context.producer and base not in self.users:
                     continue
                 specs = wanted.setdefault(port, {})
-                asked = [from_base(self.context.wanted(op, operand, a), index) for a in self.options[number]]  # type: ignore[arg-type]
+                asked = [from_base(self.context.wanted(op, operand, a), index) for a in self.assigned[number]]
                 targets = tuple(specs.setdefault(spec, len(specs)) for spec in asked)
                 consumers.setdefault(port, []).append(Consumer(number, targets))
         for base in self._outputs(segment):
@@ -261,15 +260,15 @@ class _Builder:
         base, index = self.factored.base(port)
         if base in self.users:
             number = self.number[self.home[base]]
-            table = [[parameter_seconds(s, t, cargo, self.setting, self.reduce_scale) for t in targets]  # type: ignore[arg-type]
-                     for s in self.options[number]]
+            table = [[parameter_seconds(s, t, cargo, self.setting, self.reduce_scale) for t in targets]
+                     for s in self.stored[number]]
             sources = tuple(range(len(table)))
         else:
             number = self._op_node(self.context.producer[base])
             op = self.context.segmented.ops[self.context.producer[base]]
             result = op.results[self._result_place(base)]
             specs: dict[Spec, int] = {}
-            made = [from_base(self.context.emitted(op, result, a), index) for a in self.options[number]]  # type: ignore[arg-type]
+            made = [from_base(self.context.emitted(op, result, a), index) for a in self.assigned[number]]
             sources = tuple(specs.setdefault(spec, len(specs)) for spec in made)
             mesh, price = self.setting.mesh, self.setting.price
             paths = [[cheapest_path(s, t, mesh, cargo, price) for t in targets] for s in specs]
@@ -286,5 +285,5 @@ def check_batch(context: Context, setting: Setting) -> None:
     batch = shapes[0][0] if shapes and shapes[0] else 1
     if setting.mode.batch_always and batch % setting.mesh.size:
         next_batch = -(-batch // setting.mesh.size) * setting.mesh.size
-        raise AutoparError(f"the batch of {batch} does not divide over {setting.mesh.size} devices, as this mode needs; "
-                           f"use a batch of {next_batch} or another mode")
+        raise AutoparError(f"the batch of {batch} does not divide over {setting.mesh.size} devices, as this mode "
+                           f"needs; use a batch of {next_batch} or another mode")

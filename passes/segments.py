@@ -129,8 +129,8 @@ def plain_arguments(node: fx.Node) -> str:
 def annotate(program: Program) -> Segmented:
     """Factors, ops and segments of a captured program. Raises CaptureError for random ops that can't be replayed."""
     for node in program.graph.nodes:
-        random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        if random and node.target not in REPLAYED:
-            raise CaptureError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, whose random numbers would "
-                               "differ between ranks; draw them with torch.rand or dropout")
+        tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else []
+        if torch.Tag.nondeterministic_seeded in tags and node.target not in REPLAYED:
+            raise CaptureError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, whose random numbers "
+                               "would differ between ranks; draw them with torch.rand or dropout")
     return segment_program(analyse(program))

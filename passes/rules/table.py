@@ -231,6 +231,7 @@ CONTRACTIONS = {
 
 UNTAGGED_POINTWISE = {
     aten.to.dtype, aten.dropout.default, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
+    aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar,
 }
 """Pointwise ops that torch does not tag as such."""
 
