@@ -46,9 +46,21 @@ class Setting:
         return self.cluster.pricer(self.mesh)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Ends:
+    """The value that a flow brings, and what the numbers of its source and target specs stand for."""
+
+    value: fx.Node
+    sources: tuple[Spec, ...] | tuple[Storage, ...]
+    targets: tuple[Spec, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A sharding instance; `assigned[n]` or `stored[n]` are what the choices of node n stand for."""
+    """A sharding instance; `assigned[n]` or `stored[n]` are what the choices of node n stand for.
+
+    `ends[g][f]` are those of flow f of segment g.
+    """
 
     context: Context
     setting: Setting
@@ -57,6 +69,7 @@ class Problem:
     parameter_nodes: dict[fx.Node, int]
     assigned: dict[int, tuple[Assignment, ...]]
     stored: dict[int, tuple[Storage, ...]]
+    ends: tuple[tuple[Ends, ...], ...]
 
     def decide(self, choices: tuple[int, ...]) -> Decision:
         """What a choice for every node means for the program."""
@@ -129,6 +142,7 @@ class _Builder:
         self.nodes: list[Node] = []
         self.assigned: dict[int, tuple[Assignment, ...]] = {}
         self.stored: dict[int, tuple[Storage, ...]] = {}
+        self.ends: list[tuple[Ends, ...]] = []
         self.number: dict[Key, int] = {}
         self.segment_of = {i: s for s in context.segmented.segments for i in s.ops}
         self.counts = Counter(s.class_id for s in context.segmented.segments)
@@ -147,7 +161,8 @@ class _Builder:
         instance = Instance(tuple(self.nodes), segments, self.setting.budget)
         ops = tuple(self._op_node(i) for i in range(len(self.context.segmented.ops)))
         parameters = {node: self.number[self.home[node]] for node in self.users}
-        return Problem(self.context, self.setting, instance, ops, parameters, self.assigned, self.stored)
+        return Problem(self.context, self.setting, instance, ops, parameters, self.assigned, self.stored,
+                       tuple(self.ends))
 
     def _add_node(self, key: Key, name: str, choices: list[Choice], count: int) -> int:
         assert choices, f"{name} has no choice"
@@ -247,7 +262,9 @@ class _Builder:
             whole = Spec(((),) * self.context.rank(base))
             target = specs.setdefault(whole, len(specs))
             consumers.setdefault(base, []).append(Consumer(self.number["output",], (target,)))
-        flows = tuple(self._flow(port, found, list(wanted[port])) for port, found in consumers.items())
+        made = [self._flow(port, found, list(wanted[port])) for port, found in consumers.items()]
+        self.ends.append(tuple(ends for _, ends in made))
+        flows = tuple(flow for flow, _ in made)
         return Segment(segment.name, len(group), tuple(self._op_node(i) for i in segment.ops), flows)
 
     def _outputs(self, segment: ProgramSegment) -> list[fx.Node]:
@@ -255,7 +272,7 @@ class _Builder:
         bases = [self.factored.base(o)[0] for o in self.factored.program.outputs if isinstance(o, fx.Node)]
         return [base for base in dict.fromkeys(bases) if base in made]
 
-    def _flow(self, port: fx.Node, consumers: list[Consumer], targets: list[Spec]) -> Flow:
+    def _flow(self, port: fx.Node, consumers: list[Consumer], targets: list[Spec]) -> tuple[Flow, Ends]:
         cargo = Cargo(whole_bytes(self.factored, port), port in self.context.gradients)
         base, index = self.factored.base(port)
         if base in self.users:
@@ -263,6 +280,7 @@ class _Builder:
             table = [[parameter_seconds(s, t, cargo, self.setting, self.reduce_scale) for t in targets]
                      for s in self.stored[number]]
             sources = tuple(range(len(table)))
+            ends = Ends(port, self.stored[number], tuple(targets))
         else:
             number = self._op_node(self.context.producer[base])
             op = self.context.segmented.ops[self.context.producer[base]]
@@ -273,9 +291,10 @@ class _Builder:
             mesh, price = self.setting.mesh, self.setting.price
             paths = [[cheapest_path(s, t, mesh, cargo, price) for t in targets] for s in specs]
             table = [[(path.forward, path.backward) for path in row] for row in paths]
+            ends = Ends(port, tuple(specs), tuple(targets))
         forward = tuple(tuple(f for f, _ in row) for row in table)
         backward = tuple(tuple(b for _, b in row) for row in table)
-        return Flow(port.name, number, sources, tuple(consumers), forward, backward, base in self.users)
+        return Flow(port.name, number, sources, tuple(consumers), forward, backward, base in self.users), ends
 
 
 def check_batch(context: Context, setting: Setting) -> None:

@@ -108,7 +108,7 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--out", type=Path, metavar="PLAN.JSON",
+    group.add_argument("--out", type=_writable, metavar="PLAN.JSON",
                        help="also write the plan to this file (default: not written)")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     group.add_argument("--verbose", action="store_true",
@@ -123,6 +123,14 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise AutoparError(f"cannot write {path}: " + ("it is a folder; name a file in it" if path.is_dir() else
+                           f"there is no folder {path.parent}; make it first"))
+    return path
 
 
 def _mesh(text: str) -> tuple[int, ...]:

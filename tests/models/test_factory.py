@@ -1,4 +1,4 @@
-"""The user's own models: what a factory is called with, what it may return, and the line that is named when it fails."""
+"""The user's own models: what a factory is called with, may return, and the line that is named when it fails."""
 
 from __future__ import annotations
 

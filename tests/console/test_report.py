@@ -1,0 +1,35 @@
+"""Plans as text and as JSON, from one made by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from autopar.console.report import as_json, as_text
+from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds
+
+PLAN = Plan(
+    "m.py:f", "0" * 12, "cpu:2", "1" * 12, (2,), "auto", "fp32", "sgd", "Optimal", 0.0,
+    Seconds(0.10, 0.05, 0.03, 0.02, 0.0), Bytes(1.0, 2.0, 3.0, 4.0, 5.0),
+    (PlannedOp("layer1_0_conv1", "layer1_0", ("n",), "S0R = S0R X RR"), PlannedOp("made", "layer1_0", ("R",), "")),
+    (PlannedParameter("layer1.0.conv1.weight", "R", "RRRR"),), "causal", ("odd (odd.default)",), 3, 2, 1.5)
+
+
+def test_text_has_status_graph_ops_and_summary_in_order() -> None:
+    lines = as_text(PLAN).splitlines()
+    assert lines[:4] == ["ILP Status: Optimal  Objective: 0.100000 s  Time: 1.50 s", "#nodes: 3, #edges: 2",
+                         "layer1_0_conv1  S0R = S0R X RR", ""]
+    assert "\n".join(lines[4:]) == PLAN.summary()
+
+
+def test_json_is_one_object_of_numbers() -> None:
+    found = json.loads(as_json(PLAN, 9.0))
+    assert found.pop("memory_bytes") == {"parameters": 1.0, "gradients": 2.0, "optimizer": 3.0, "activations": 4.0,
+                                         "transient": 5.0, "total": 15.0}
+    assert found == {
+        "status": "Optimal", "gap": 0.0, "model": "m.py:f", "cluster": "cpu:2", "mesh": [2], "mode": "auto",
+        "precision": "fp32", "optimizer": "sgd", "step_time_s": pytest.approx(0.1), "compute_s": 0.05, "inline_s": 0.03,
+        "exposed_s": 0.02, "optimizer_s": 0.0, "attention": "causal", "fallback_ops": ["odd (odd.default)"], "nodes": 3,
+        "edges": 2, "solve_s": 1.5, "total_s": 9.0,
+        "ops": [{"name": "layer1_0_conv1", "strategy": "S0R = S0R X RR", "segment": "layer1_0"}]}

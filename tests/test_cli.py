@@ -1,0 +1,207 @@
+"""`autopar-solve`: what it prints, its exit status, and one clear line when it can't do what was asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopar import cli
+from autopar.cli import main
+from autopar.console import command
+from autopar.plan import Plan
+
+SOURCE = """\
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 4)
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+class Branchy(Net):
+    def forward(self, x):
+        if x.sum() > 0:
+            return super().forward(x).sum()
+        return x.sum()
+
+def build(batch=64):
+    print("building")
+    return Net(), (torch.zeros(batch, 16), torch.zeros(batch, dtype=torch.long)), nn.functional.cross_entropy
+
+def raises():
+    raise ValueError("no such width")
+
+def branchy():
+    return Branchy(), torch.zeros(64, 16)
+
+def no_loss():
+    return Net(), torch.zeros(64, 16)
+"""
+LINE_OF = {text: SOURCE[:SOURCE.index(text)].count("\n") + 1 for text in ("raise ValueError", "if x.sum()")}
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with factories."""
+    path = tmp_path_factory.mktemp("own") / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240,
+                          cwd=Path(__file__).parents[1])
+
+
+def test_text_in_order(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", f"{own}:build", "--cluster", "4xA100-80GB", "--mesh", "4", "--mode", "ddp"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "building\n"
+    status, graph, *ops, blank, place = out[:out.index("\nparameters at rest")].splitlines()
+    assert re.fullmatch(r"ILP Status: Optimal  Objective: 0\.\d{6} s  Time: \d+\.\d\d s", status)
+    assert re.fullmatch(r"#nodes: \d+, #edges: \d+", graph)
+    assert {"up                  S0R = S0R X RR", "down                S0R = S0R X RR"} <= set(ops)
+    assert blank == "" and place == "mesh: 4 of 4xA100-80GB, mode ddp, bf16-mixed, adamw"
+    assert re.search(r"^step: .* ms \(compute .*\), gap 0\.00 %$", out, re.MULTILINE)
+
+
+def test_edge_costs_come_first_when_verbose(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", f"{own}:build", "--cluster", "2xA100-80GB", "--verbose"]) == 0
+    out, err = capsys.readouterr()
+    costs, rest = out[:out.index("ILP Status")], out[out.index("ILP Status"):]
+    assert costs.startswith("Edge costs in microseconds")
+    assert re.search(r"^up\.weight -> up  \(into \S+\)\n +.*RR.*\n +RR +", costs, re.MULTILINE)
+    assert re.search(r"^up -> relu ", costs, re.MULTILINE)
+    assert " -> " not in rest
+    assert all(word in err for word in ("importing torch", "building", "tracing", "solving", "mesh 2: "))
+
+
+def test_json_is_all_there_is_on_stdout(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    given = ["--model", f"{own}:build", "--batch", "32", "--cluster", "2xA100-80GB", "--json", "--out", str(out)]
+    assert main(given) == 0
+    found, plan = json.loads(capsys.readouterr().out), Plan.load(out)
+    parts = [found[name] for name in ("compute_s", "inline_s", "exposed_s", "optimizer_s")]
+    assert found["step_time_s"] == pytest.approx(sum(parts)) == plan.seconds.step
+    assert sum(found["memory_bytes"].values()) == pytest.approx(2 * plan.memory.total)
+    assert (found["status"], found["gap"], tuple(found["mesh"]), found["mode"]) == ("Optimal", 0.0, plan.mesh, "auto")
+    assert [(op["name"], op["strategy"], op["segment"]) for op in found["ops"]] == \
+        [(op.name, op.strategy, op.segment) for op in plan.ops if op.strategy]
+    assert 0 < found["solve_s"] < found["total_s"]
+
+
+def test_without_a_cluster_this_machine_is_named(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", f"{own}:build"]) == 0
+    name = command.this_machine().name
+    assert capsys.readouterr().out.endswith(f"\ncluster: {name} is what this machine has; --cluster names another\n")
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 2), (3, 2), (6, 4), (8, 8), (96, 8), (None, 1)])
+def test_cores_that_count(cores: int | None, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command.this_machine().name == f"cpu:{processes}"
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ("", "--model"),
+    ("--model gpt5", "unknown model 'gpt5'; known: bert-base, .*path/to/file.py:factory"),
+    ("--model resnet18 --cluster 8xB200", "unknown device type 'B200'; known: A100-40GB"),
+    ("--model resnet18 --cluster many", "cluster 'many' is not of the form"),
+    ("--model resnet18 --cluster none.json", "cannot read none.json"),
+    ("--model resnet18 --mode fast", "'fast'.*auto.*ddp.*zero3.*1d"),
+    ("--model resnet18 --cluster cpu:4 --mesh 3x2", "mesh 3x2 has 6 devices, cluster cpu:4 has 4"),
+    ("--model resnet18 --seq 128", "resnet18 takes images"),
+    ("--model none.py:build", "cannot read none.py"),
+    ("--model OWN:lost --cluster cpu:2", "mine.py has no 'lost'; needed is a function or class, found are Net"),
+    ("--model OWN:raises --cluster cpu:2", f"raised at \\S+mine.py:{LINE_OF['raise ValueError']}: ValueError: no such"),
+    ("--model OWN:branchy --cluster cpu:2", f"can't be exported at \\S+mine.py:{LINE_OF['if x.sum()']} "),
+    ("--model OWN:no_loss --cluster cpu:2", "none is a scalar loss"),
+    ("--model OWN:no_loss --cluster cpu:2 --batch 5", "takes no batch"),
+    ("--model OWN:build --cluster cpu:4 --batch 7 --mode ddp", "batch of 7 does not divide over 4"),
+    ("--model OWN:build --cluster cpu:2 --out OWN/plan.json", "cannot write .*mine.py/plan.json"),
+    ("--model OWN:build --cluster cpu:2 --memory-budget 1", "needs .* budget 0.000 GiB"),
+])
+def test_refusals_are_one_line(given: str, said: str, own: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(given.replace("OWN", str(own)).split()) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.search(said, err.removeprefix("building\n"))
+    assert re.fullmatch(r"autopar-solve: error: [^\n]+\n", err.removeprefix("building\n"))
+
+
+def test_infeasible_as_json(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", f"{own}:build", "--cluster", "cpu:2", "--memory-budget", "2MB", "--batch", "65536", "--json"]
+    assert main(given) == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["status"] == "Infeasible" and found["reason"] in err
+
+
+def test_a_refusal_has_its_traceback_when_verbose(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", f"{own}:raises", "--verbose"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and 'raise ValueError("no such width")' in err
+    assert err.splitlines()[-1].startswith("autopar-solve: error: raises raised at ")
+
+
+def fail(error: BaseException) -> Any:
+    """An `answer` that raises."""
+    def answer(*arguments: Any) -> str:
+        raise error
+    return answer
+
+
+def test_a_fault_of_ours_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "answer", fail(KeyError("one\ntwo")))
+    assert main(["--model", "gpt2"]) == 1
+    wanted = "autopar-solve: error: KeyError: 'one\\ntwo'; this is a fault of autopar's, --verbose shows where\n"
+    assert capsys.readouterr() == ("", wanted)
+    assert main(["--model", "gpt2", "--verbose"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interruption_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "answer", fail(KeyboardInterrupt()))
+    assert main(["--model", "gpt2"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("given", ["--help", "", "--model gpt5", "--model gpt2 --cluster 8xB200",
+                                   "--model gpt2 --mode x"])
+def test_help_and_mistakes_do_not_wait_for_torch(given: str) -> None:
+    code = ("import sys; from autopar import cli\n"
+            "try: cli.main(sys.argv[1:])\n"
+            "finally: print([name for name in ('torch', 'transformers', 'pulp') if name in sys.modules])")
+    done = python("-c", code, *given.split())
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_as_a_command_quietly() -> None:
+    pytest.importorskip("transformers")
+    done = python("-m", cli.__name__, "--model", "gpt2", "--cluster", "2xA100-80GB", "--batch", "4", "--seq", "64",
+                  "--mode", "1d")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\nattention: causal\n" in done.stdout
+    assert re.search(r"^transformer_h_11_mlp_c_fc +RS0 = RR X RS0$", done.stdout, re.MULTILINE)
+
+
+def test_a_closed_pipe_is_no_fault(own: Path) -> None:
+    started = subprocess.Popen([sys.executable, "-m", cli.__name__, "--model", f"{own}:build", "--cluster", "cpu:2"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert started.stdout is not None and started.stderr is not None
+    started.stdout.close()
+    assert started.wait(240) == 141
+    assert started.stderr.read() == "building\n"
+    started.stderr.close()
