@@ -289,10 +289,14 @@ def materials(context: Context, model: nn.Module, inputs: Any) -> dict[str, Tens
     program = context.segmented.factored.program
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     leaves = iter(pytree.tree_leaves(inputs))
-    known: dict[str, Callable[[fx.Node], Tensor]] = {
-        "parameter": lambda n: held[program.sources[n.name].name], "buffer": lambda n: held[program.sources[n.name].name],
-        "constant": lambda n: program.constants[n.name], "input": lambda n: next(leaves)}
-    return {n.name: known[program.sources[n.name].kind](n).detach() for n in program.graph.nodes if n.op == "placeholder"}
+
+    def material(node: fx.Node) -> Tensor:
+        source = program.sources[node.name]
+        if source.kind == "input":
+            return next(leaves)  # type: ignore[no-any-return]
+        return program.constants[node.name] if source.kind == "constant" else held[source.name]
+
+    return {n.name: material(n).detach() for n in program.graph.nodes if n.op == "placeholder"}
 
 
 def step_of(context: Context, model: nn.Module, loss: Tensor) -> Trial:
@@ -311,11 +315,17 @@ def assert_same(found: Trial, wanted: Trial, tolerance: float) -> None:
     Of gradients that are next to nothing beside the others only noise is left, which counts by their largest.
     """
     assert found.gradients.keys() == wanted.gradients.keys()
-    floor = FLOOR * max((float(g.abs().max()) for g in wanted.gradients.values() if g.numel()), default=0.0)
-    for what, mine, theirs in (*((f"output {i}", *pair) for i, pair in enumerate(zip(found.outputs, wanted.outputs, strict=True))),
-                               *((f"gradient of {n}", g, wanted.gradients[n]) for n, g in found.gradients.items()),
-                               *((f"buffer {n}", b, wanted.buffers[n]) for n, b in found.buffers.items())):
-        assert mine.shape == theirs.shape, f"{what} has shape {tuple(mine.shape)}, wanted {tuple(theirs.shape)}"
-        scale = max(float(theirs.abs().max()), floor, 1e-30)
-        error = float((mine.double() - theirs.double()).abs().max())
-        assert error <= tolerance * scale, f"{what} is off by {error:.3g} of {scale:.3g}"
+    floor = FLOOR * max((float(g.abs().max()) for g in wanted.gradients.values()), default=0.0)
+    for i, (mine, theirs) in enumerate(zip(found.outputs, wanted.outputs, strict=True)):
+        _assert_close(f"output {i}", mine, theirs, tolerance, floor)
+    for name, theirs in wanted.gradients.items():
+        _assert_close(f"gradient of {name}", found.gradients[name], theirs, tolerance, floor)
+    for name, theirs in wanted.buffers.items():
+        _assert_close(f"buffer {name}", found.buffers[name], theirs, tolerance, floor)
+
+
+def _assert_close(what: str, mine: Tensor, theirs: Tensor, tolerance: float, floor: float) -> None:
+    assert mine.shape == theirs.shape, f"{what} has shape {tuple(mine.shape)}, wanted {tuple(theirs.shape)}"
+    scale = max(float(theirs.abs().max()), floor)
+    error = float((mine.double() - theirs.double()).abs().max())
+    assert error <= tolerance * scale, f"{what} is off by {error:.3g} of {scale:.3g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -25,6 +26,8 @@ from tests import builders
 from tests.simulator import Trial, assert_same, materials, simulated, step_of
 
 SEED = 5
+TOLERANCE = 1e-5
+MESHES = (Mesh((2,)), Mesh((4,)), Mesh((2, 2)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +39,21 @@ class Subject:
     wanted: Trial
 
 
-MODELS = {
-    "mlp": builders.mlp,
-    "gpt2": partial(builders.gpt2, batch=4),
-    "gpt2 with dropout": partial(builders.gpt2, dropout=0.2, batch=4),
-    "resnet": partial(builders.resnet, size=32),
+MODELS: dict[str, tuple[Callable[[], builders.Case], int]] = {
+    "mlp": (builders.mlp, 10),
+    "gpt2": (partial(builders.gpt2, batch=4), 6),
+    "gpt2 with dropout": (partial(builders.gpt2, dropout=0.2, batch=4), 6),
+    "resnet": (partial(builders.resnet, size=32), 4),
 }
+"""Each model with the number of decisions that are tried on a mesh."""
+SLOWLY = 20
+"""How many times as many the slow test tries."""
 
 
 @cache
 def subject(name: str) -> Subject:
     """Models that draw random numbers are compared with themselves whole on one device."""
-    case = MODELS[name]()
+    case = MODELS[name][0]()
     model = case.model.double()
     inputs = pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, case.inputs)
     context = prepare(capture(model, arguments(inputs), "fp64", case.loss_fn))  # type: ignore[arg-type]
@@ -55,14 +61,26 @@ def subject(name: str) -> Subject:
     if "dropout" in name:
         return Subject(context, given, simulated(next(decisions(context, Mesh((1,)), 1)), given, SEED))
     plain = copy.deepcopy(model)
-    return Subject(context, given, step_of(context, plain, builders.Case(plain, inputs, case.loss_fn).plain_loss(plain)))
+    loss = builders.Case(plain, inputs, case.loss_fn).plain_loss(plain)
+    return Subject(context, given, step_of(context, plain, loss))
 
 
-def decisions(context: Context, mesh: Mesh, count: int):
+def decisions(context: Context, mesh: Mesh, count: int, seed: int = 0) -> Iterator[Decision]:
+    """Choices drawn from the solver's own space."""
     setting = Setting(mesh, Cluster.preset(f"cpu:{mesh.size}"), MODES["auto"], OPTIMIZERS["adamw"])
-    problem, generator = build(context, setting), random.Random(0)
+    problem, generator = build(context, setting), random.Random(seed)
     for _ in range(count):
         yield problem.decide(tuple(generator.randrange(len(node.choices)) for node in problem.instance.nodes))
+
+
+def check(name: str, mesh: Mesh, count: int, seed: int) -> None:
+    for number, decision in enumerate(decisions(subject(name).context, mesh, count, seed)):
+        try:
+            assert_same(simulated(decision, subject(name).given, SEED), subject(name).wanted, TOLERANCE)
+        except Exception as failure:
+            stored = {node.name: str(storage) for node, storage in decision.storage.items()}
+            said = f"decision {number}: {decision.assignments}, stored {stored}: {failure}"
+            raise AssertionError(said) from failure
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +88,14 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(COMPUTE_DTYPE, "fp64", torch.float64)
 
 
-@pytest.mark.parametrize("mesh", [Mesh((2,)), Mesh((4,)), Mesh((2, 2))], ids=str)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_any_decision_computes_the_plain_step(name: str, mesh: Mesh) -> None:
-    for number, decision in enumerate(decisions(subject(name).context, mesh, 40)):
-        try:
-            assert_same(simulated(decision, subject(name).given, SEED), subject(name).wanted, 1e-5)
-        except Exception as failure:
-            raise AssertionError(f"decision {number} {decision.assignments}, stored "
-                                 f"{ {n.name: str(s) for n, s in decision.storage.items()} }: {failure}") from failure
+    check(name, mesh, MODELS[name][1], seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_any_of_many_decisions_computes_the_plain_step(name: str, mesh: Mesh) -> None:
+    check(name, mesh, SLOWLY * MODELS[name][1], seed=1)

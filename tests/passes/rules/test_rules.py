@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from autopar.core.mesh import Mesh
 from autopar.passes.capture import COMPUTE_DTYPE, capture
-from autopar.passes.constants import FoldConstants
 from autopar.passes.decision import Context, Decision, context
-from autopar.passes.normalize import Normalize
+from autopar.passes.ops import Op
 from autopar.passes.rules.table import RULES
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import MODES, assignments, storages
+from tests.programs import Call, prepared
 from tests.simulator import Trial, assert_same, everything_differentiable, reference, simulated
 
 aten = torch.ops.aten
@@ -201,6 +201,15 @@ def shape_cases() -> Iterator[Any]:
     yield case("pad two dims", "o0 o2", aten.pad.default, lambda t: F.pad(t, (0, 0, 1, 1), value=3.0), x(4, 4, 4))
     yield case("expand", "o0 o1 o2", aten.expand.default, lambda t: t.expand(-1, 4, -1), x(4, 1, 4))
     yield case("expand to more dims", "o0 o1 o2", aten.expand.default, lambda t: t.expand(4, 3, 8), w(8))
+    yield case("slice_scatter", "o0 o2", aten.slice_scatter.default, lambda t, p: torch.slice_scatter(t, p, 1, 2, 4),
+               x(4, 8, 4), w(4, 2, 4))
+    yield case("slice_scatter of all", "o0", aten.slice_scatter.default, lambda t, p: torch.slice_scatter(t, p, 1),
+               x(4, 8), x(4, 8))
+    yield case("select_scatter", "o0 o2", aten.select_scatter.default, lambda t, p: torch.select_scatter(t, p, 1, -2),
+               x(4, 8, 4), x(4, 4))
+    yield case("roll", "o0 o2", aten.roll.default, lambda t: t.roll(3, 1), x(4, 8, 4))
+    yield case("roll of two dims", "o1", aten.roll.default, lambda t: t.roll((1, 2), (0, -1)), x(4, 4, 8))
+    yield case("roll of the flat tensor", "", aten.roll.default, lambda t: t.roll(3), x(4, 8))
     yield case("to", "o0 o1", aten.to.dtype, lambda t: t.to(torch.float32), x(4, 4))
     yield case("to of integers", "o0 o1", aten.to.dtype, lambda t: t.to(torch.float64), i(9, 4, 4))
 
@@ -225,7 +234,14 @@ def pointwise_cases() -> Iterator[Any]:
     yield case("square", "o0 o1", aten.mul.Tensor, lambda t: t * t, x(4, 4))
     yield case("gelu", "o0 o1", aten.gelu.default, F.gelu, x(4, 4))
     yield case("where", "o0 o1", aten.where.self, torch.where, mask(4, 1), x(4, 4), x(4))
+    yield case("where with a number", "o0 o1", aten.where.ScalarOther, lambda m, t: torch.where(m, t, 2.0), mask(1, 4),
+               x(4, 4))
+    yield case("a chain", "o0 o1", aten.mul.Tensor, lambda m, n, t: t * (m & n), mask(4, 1), mask(1, 4), x(4, 4))
+    yield case("a chain with two results", "o0 o1", aten.sin.default, lambda t, v: (h := t * v + v, h.sin()), x(4, 4),
+               w(4))
     yield case("masked_fill", "o0 o1", aten.masked_fill.Scalar, lambda t, m: t.masked_fill(m, 2.0), x(4, 4), mask(4, 4))
+    yield case("rand", "o0 o1", aten.rand.default, lambda t: t * torch.rand(4, 4, device=t.device), x(4, 4),
+               random=True)
     yield case("dropout", "o0 o1 o2", aten.dropout.default, lambda t: F.dropout(t, 0.4), x(4, 4, 4), random=True)
 
 
@@ -242,6 +258,8 @@ def other_cases() -> Iterator[Any]:
     yield case("avg_pool2d", "n c", aten.avg_pool2d.default, lambda t: F.avg_pool2d(t, 2), x(4, 4, 6, 6))
     yield case("adaptive_avg_pool2d", "n c", aten.adaptive_avg_pool2d.default, lambda t: F.adaptive_avg_pool2d(t, 1),
                x(4, 4, 6, 6))
+    yield case("adaptive_avg_pool1d", "n c", aten.adaptive_avg_pool1d.default, lambda t: F.adaptive_avg_pool1d(t, 2),
+               x(4, 4, 8))
     yield case("an op without a rule", "", aten.cumsum.default, lambda t: t.cumsum(1), x(4, 4))
     yield case("a mean of everything", "", aten.mean.default, torch.mean, x(4, 4))
 
@@ -250,28 +268,18 @@ CASES = [*linear_cases(), *matmul_cases(), *convolution_cases(), *norm_cases(), 
          *shape_cases(), *reduction_cases(), *pointwise_cases(), *other_cases()]
 
 
-class Call(nn.Module):
-    """One call on inputs, then parameters and buffers, in their order."""
-
-    def __init__(self, call: Callable[..., Tensor], operands: list[Tensor]) -> None:
-        super().__init__()
-        self.call = call
-        self.held = [f"held{n}" if isinstance(o, nn.Parameter | nn.Buffer) else "" for n, o in enumerate(operands)]
-        for name, operand in zip(self.held, operands, strict=True):
-            if name:
-                setattr(self, name, operand)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        rest = iter(inputs)
-        return self.call(*(getattr(self, name) if name else next(rest) for name in self.held))
-
-
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A captured case with its operands by placeholder, in the order of the call."""
 
     context: Context
     given: dict[str, Tensor]
+    place: int
+
+    @property
+    def op(self) -> Op:
+        """The op that the case is about, the last of its kind."""
+        return self.context.segmented.ops[self.place]
 
 
 @cache
@@ -280,23 +288,25 @@ def captured(case: Case) -> Subject:
     operands = [make(generator) for make in case.operands]
     module = Call(case.call, operands)
     inputs = tuple(o for o, name in zip(operands, module.held, strict=True) if not name)
-    program = FoldConstants()(Normalize()(capture(module, (inputs, {}), "fp64")))  # type: ignore[arg-type]
+    program = prepared(capture(module, (inputs, {}), "fp64"))  # type: ignore[arg-type]
     placeholder = {program.sources[n.name].name: n.name for n in program.graph.nodes if n.op == "placeholder"}
     rest = iter(program.placeholders("input"))
     names = [placeholder.get(name) if name else next(rest).name for name in module.held]
     given = {name: operand.detach() for name, operand in zip(names, operands, strict=True) if name}
-    return Subject(everything_differentiable(context(annotate(program))), given)
+    found = everything_differentiable(context(annotate(program)))
+    place = max(i for i, op in enumerate(found.segmented.ops) if op.main.target is case.op)
+    return Subject(found, given, place)
 
 
 def decisions(subject: Subject, mesh: Mesh) -> Iterator[Decision]:
-    """Every assignment of the case's op, its parameters resting in one way after another."""
-    *before, op = subject.context.segmented.ops
-    idle = tuple(("R",) * len(mesh.shape) for _ in before)
+    """Every assignment of the case's op, its parameters resting in one way after another, other ops idle."""
+    idle = ("R",) * len(mesh.shape)
     ways = {node: itertools.cycle(storages(subject.context.segmented.factored, node, users, mesh, MODES["auto"]))
             for node, users in subject.context.parameters().items()}
-    for assignment in [*assignments(op, mesh, MODES["auto"], True), ("G",) * len(mesh.shape)]:
+    for assignment in [*assignments(subject.op, mesh, MODES["auto"], True), ("G",) * len(mesh.shape)]:
         stored = {node: next(storage) for node, storage in ways.items()}
-        yield Decision(subject.context, mesh, (*idle, assignment), stored)
+        every = (assignment if i == subject.place else idle for i in range(len(subject.context.segmented.ops)))
+        yield Decision(subject.context, mesh, tuple(every), stored)
 
 
 @cache
@@ -322,14 +332,13 @@ def test_shards_recombine_to_the_whole(case: Case, mesh: Mesh) -> None:
             assert_same(simulated(decision, subject.given), wanted(case), TOLERANCE)
         except Exception as failure:
             stored = {node.name: str(storage) for node, storage in decision.storage.items()}
-            raise AssertionError(f"under {decision.assignments[-1]}, stored {stored}: {failure}") from failure
+            taken = decision.assignments[subject.place]
+            raise AssertionError(f"under {taken}, stored {stored}: {failure}") from failure
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_factors_that_may_be_sharded(case: Case) -> None:
-    op = captured(case).context.segmented.ops[-1]
-    assert op.main.target is case.op
-    assert {f.key for f in op.factors if f.shardable} == set(case.factors.split())
+    assert {f.key for f in captured(case).op.factors if f.shardable} == set(case.factors.split())
 
 
 def test_every_rule_has_a_case() -> None:
