@@ -106,14 +106,6 @@ def test_without_a_cluster_this_machine_is_named(own: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.endswith(f"\ncluster: {name} is what this machine has; --cluster names another\n")
 
 
-@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 2), (3, 2), (6, 4), (8, 8), (96, 8), (None, 1)])
-def test_cores_that_count(cores: int | None, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert command.this_machine().name == f"cpu:{processes}"
-
-
 @pytest.mark.parametrize(("given", "said"), [
     ("", "--model"),
     ("--model gpt5", "unknown model 'gpt5'; known: bert-base, .*path/to/file.py:factory"),
