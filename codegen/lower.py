@@ -17,13 +17,13 @@ from torch import fx, nn
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.communicator import Communicator
 from autopar.codegen.substitute import Site, substitute
-from autopar.core.reshard import Cargo, Price, cheapest_path
+from autopar.core.reshard import Price, cheapest_path
 from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
-from autopar.passes.decision import Decision
+from autopar.passes.decision import Decision, cargo_of
 from autopar.passes.factors import PERMUTED, SPLITS
 from autopar.passes.functional import value_of
-from autopar.passes.layout import from_base, local_factors, local_shape, whole_bytes
+from autopar.passes.layout import from_base, local_factors, local_shape
 from autopar.passes.ops import Op, OpOperand
 from autopar.passes.problem import replicated_axes, with_summed
 from autopar.passes.segments import Segment
@@ -156,7 +156,7 @@ class _Lowering:
         arrived = self._base_spec(port)
         if port in self.decision.storage:
             arrived = source = with_summed(source, replicated_axes(source, wanted))
-        cargo = Cargo(whole_bytes(self.factored, port), port in self.context.gradients)
+        cargo = cargo_of(self.context, port)
         path = cheapest_path(source, target, self.mesh, cargo, self.target.price)
         assert math.isfinite(path.seconds), f"no way from {source} to {target} for {port}"
         if not path.steps:

@@ -8,8 +8,9 @@ from functools import cached_property
 from torch import fx
 
 from autopar.core.mesh import Mesh
+from autopar.core.reshard import Cargo
 from autopar.core.spec import Spec
-from autopar.passes.layout import based, from_base, to_base
+from autopar.passes.layout import based, from_base, to_base, whole_bytes
 from autopar.passes.ops import Op, OpOperand, is_parameter
 from autopar.passes.segments import Segmented
 from autopar.passes.strategies import Assignment, Storage, differentiable, operand_spec, result_spec
@@ -51,6 +52,12 @@ class Context:
 def context(segmented: Segmented) -> Context:
     """The context of a segmented program."""
     return Context(segmented, differentiable(segmented.factored), segmented.producer())
+
+
+def cargo_of(ctx: Context, node: fx.Node) -> Cargo:
+    """What resharding `node` moves."""
+    factored = ctx.segmented.factored
+    return Cargo(whole_bytes(factored, node), node in ctx.gradients, factored.refined(node))
 
 
 @dataclass(frozen=True, eq=False)

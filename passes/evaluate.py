@@ -6,7 +6,8 @@ A dim along which a value does not change is kept with stride 0, as `expand` mak
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,18 +23,18 @@ ALONG_A_DIM = {aten.cumsum.default: (1, 0), aten.diff.default: (2, -1)}
 
 def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The value of `node` for the values of its arguments."""
-    args, kwargs = _on_cpu(args), _on_cpu(kwargs)
+    args, kwargs, run = _on_cpu(args), _on_cpu(kwargs), cast(Callable[..., Any], node.target)
     if is_pointwise(node):
         small = [collapsed(a) if isinstance(a, Tensor) else a for a in args]
-        return node.target(*small, **kwargs).expand(_shape(node))  # type: ignore[operator]
+        return run(*small, **kwargs).expand(_shape(node))
     if node.target in ALONG_A_DIM:
         position, default = ALONG_A_DIM[node.target]
         dim = int(argument(node, position, "dim", default)) % len(_shape(node))
         small = [collapsed(a, keep=dim) if isinstance(a, Tensor) else a for a in args]
-        return node.target(*small, **kwargs).expand(_shape(node))  # type: ignore[operator]
+        return run(*small, **kwargs).expand(_shape(node))
     if node.target is aten.index.Tensor:
         return _index(args[0], list(args[1])).expand(_shape(node))
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return run(*args, **kwargs)
 
 
 def collapsed(tensor: Tensor, keep: int = -1) -> Tensor:

@@ -144,7 +144,7 @@ def _write(node: fx.Node, program: Program, current: dict[fx.Node, fx.Node]) -> 
         root = base
     if root.op == "placeholder" and program.sources[root.name].kind in ("buffer", "parameter"):
         raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to a part of "
-                           f"{program.sources[root.name].name} in place, which can't be traced; assign the whole buffer")
+                           f"{program.sources[root.name].name} in place, which can't be traced; assign all of it")
     current[root] = view
     _refresh_views(root, view, current)
 
@@ -161,8 +161,8 @@ def _as_value(node: fx.Node, written: fx.Node) -> fx.Node:
     packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
     functional = getattr(getattr(aten, packet.rstrip("_"), None), overload, None)
     if functional is None:
-        raise CaptureError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, which has no form that makes "
-                           "a new value; use an op that has one there")
+        raise CaptureError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, which has no form that "
+                           "makes a new value; use an op that has one there")
     node.target = functional
     return node
 

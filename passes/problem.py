@@ -16,7 +16,7 @@ from autopar.core.reshard import Cargo, Price, Primitive, cheapest_path
 from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segment
 from autopar.core.spec import Spec
 from autopar.passes.costs import MASTER_BYTES, Optimizer, Work, work_of
-from autopar.passes.decision import Context, Decision
+from autopar.passes.decision import Context, Decision, cargo_of
 from autopar.passes.layout import from_base, itemsize, local_bytes, local_shape, whole_bytes
 from autopar.passes.ops import Op, is_parameter
 from autopar.passes.segments import Segment as ProgramSegment
@@ -273,7 +273,7 @@ class _Builder:
         return [base for base in dict.fromkeys(bases) if base in made]
 
     def _flow(self, port: fx.Node, consumers: list[Consumer], targets: list[Spec]) -> tuple[Flow, Ends]:
-        cargo = Cargo(whole_bytes(self.factored, port), port in self.context.gradients)
+        cargo = cargo_of(self.context, port)
         base, index = self.factored.base(port)
         if base in self.users:
             number = self.number[self.home[base]]
