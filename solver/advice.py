@@ -1,0 +1,49 @@
+"""Why a sharding instance has no solution, asked by solving easier instances.
+
+`bytes_only` keeps the connections and counts bytes as seconds: its optimum is the least budget. `ways_only` allows
+every connection and counts those without a way as a second each: its optimum is the fewest that stand in the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from autopar.core.sharding import Choice, Flow, Instance
+
+Table = tuple[tuple[float, ...], ...]
+
+
+def bytes_only(instance: Instance) -> Instance:
+    """The same decisions without a budget, in which a choice costs as many seconds as it holds bytes."""
+    return _recount(instance, lambda choice: choice.nbytes, lambda seconds: seconds if math.isinf(seconds) else 0.0)
+
+
+def ways_only(instance: Instance) -> Instance:
+    """The same decisions without a budget, in which a connection without a way costs a second and all else nothing."""
+    return _recount(instance, lambda choice: 0.0, lambda seconds: 1.0 if math.isinf(seconds) else 0.0)
+
+
+def _recount(instance: Instance, cost: Callable[[Choice], float], way: Callable[[float], float]) -> Instance:
+    def table(seconds: Table) -> Table:
+        return tuple(tuple(map(way, row)) for row in seconds)
+    def flow(old: Flow) -> Flow:
+        return replace(old, forward=table(old.forward), backward=table(old.backward), parameter=False)
+    nodes = tuple(replace(node, choices=tuple(Choice(c.name, optimizer=cost(c), nbytes=c.nbytes) for c in node.choices))
+                  for node in instance.nodes)
+    segments = tuple(replace(segment, flows=tuple(map(flow, segment.flows))) for segment in instance.segments)
+    return Instance(nodes, segments)
+
+
+def missing_ways(instance: Instance, choices: tuple[int, ...]) -> list[str]:
+    """The connections without a way under `choices`, in words."""
+    def taken(n: int) -> str:
+        return f"{instance.nodes[n].name} ({instance.nodes[n].choices[choices[n]].name})"
+    return [f"{flow.name} from {taken(flow.producer)} to {taken(consumer.node)}"
+            for segment in instance.segments for flow in segment.flows for consumer in flow.consumers
+            if not _has_way(flow, flow.sources[choices[flow.producer]], consumer.targets[choices[consumer.node]])]
+
+
+def _has_way(flow: Flow, source: int, target: int) -> bool:
+    return flow.forward[source][target] + flow.backward[source][target] < math.inf

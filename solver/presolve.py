@@ -1,0 +1,121 @@
+"""Smaller sharding instances with the same optimum, and the way back.
+
+    equal specs        sources whose seconds agree for every target are one source; of a flow with one consumer also
+                       targets whose seconds agree for every source (with several, two targets may be paid twice)
+    unused specs       specs that no choice emits or wants have no row or column
+    dominated choices  of two choices of a node that emit and want the same specs, one that is nowhere cheaper goes:
+                       the step's seconds and bytes only grow with a choice's; bytes count where there is a budget
+    outsized choices   what exceeds the budget even when every other node holds its least goes
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from autopar.core.sharding import Choice, Consumer, Flow, Instance
+
+ROUNDING = 1e-9
+"""The fraction of the budget below which bytes are not told apart here."""
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """`instance`, whose node n has as choice c what was choice `kept[n][c]` before."""
+
+    instance: Instance
+    kept: tuple[tuple[int, ...], ...]
+
+    def restore(self, choices: tuple[int, ...]) -> tuple[int, ...]:
+        """The choices as they were numbered before."""
+        return tuple(kept[choice] for kept, choice in zip(self.kept, choices, strict=True))
+
+
+def presolve(instance: Instance) -> Reduced:
+    """An instance with the same optimum and fewer specs and choices, or as many."""
+    merged = _map_flows(instance, _merge_specs)
+    roles = _roles(merged)
+    kept = tuple(_undominated(node.choices, role, most)
+                 for node, role, most in zip(merged.nodes, roles, _most_bytes(merged), strict=True))
+    nodes = tuple(replace(node, choices=_pick(node.choices, of)) for node, of in zip(merged.nodes, kept, strict=True))
+    fewer = _map_flows(replace(merged, nodes=nodes), lambda flow: _merge_specs(_keep(flow, kept)))
+    return Reduced(fewer, kept)
+
+
+def _map_flows(instance: Instance, change: Callable[[Flow], Flow]) -> Instance:
+    return replace(instance, segments=tuple(replace(segment, flows=tuple(change(flow) for flow in segment.flows))
+                                            for segment in instance.segments))
+
+
+def _merge_specs(flow: Flow) -> Flow:
+    """`flow` with equal specs merged, unused ones left out and equal consumers counted once."""
+    consumers = tuple(dict.fromkeys(flow.consumers))
+    sources, wanted = sorted(set(flow.sources)), sorted({t for consumer in consumers for t in consumer.targets})
+    def column(target: int) -> Hashable:
+        return tuple((flow.forward[s][target], flow.backward[s][target]) for s in sources)
+    def row(source: int) -> Hashable:
+        return tuple((flow.forward[source][t], flow.backward[source][t]) for t in wanted)
+    rows = _labels(sources, row)
+    columns = _labels(wanted, column if len(consumers) == 1 else lambda target: target)
+    def table(seconds: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        return tuple(_pick(seconds[s], _first(columns)) for s in _first(rows))
+    return replace(flow, sources=_pick(rows, flow.sources), forward=table(flow.forward), backward=table(flow.backward),
+                   consumers=tuple(Consumer(c.node, _pick(columns, c.targets)) for c in consumers))
+
+
+def _labels(keys: Iterable[int], content: Callable[[int], Hashable]) -> dict[int, int]:
+    """A number for each key, equal for equal contents, counting from 0 in order of first occurrence."""
+    seen: dict[Hashable, int] = {}
+    return {key: seen.setdefault(content(key), len(seen)) for key in keys}
+
+
+def _first(labels: dict[int, int]) -> tuple[int, ...]:
+    """The first key of each label."""
+    first: dict[int, int] = {}
+    for key, label in labels.items():
+        first.setdefault(label, key)
+    return tuple(first.values())
+
+
+def _pick(values: dict[int, Value] | tuple[Value, ...], where: Iterable[int]) -> tuple[Value, ...]:
+    return tuple(values[i] for i in where)
+
+
+def _roles(instance: Instance) -> list[list[tuple[int, ...]]]:
+    """For each node the spec numbers, by choice, of every flow out of it and into it."""
+    roles: list[list[tuple[int, ...]]] = [[] for _ in instance.nodes]
+    for flow in (flow for segment in instance.segments for flow in segment.flows):
+        roles[flow.producer].append(flow.sources)
+        for consumer in flow.consumers:
+            roles[consumer.node].append(consumer.targets)
+    return roles
+
+
+def _most_bytes(instance: Instance) -> tuple[float, ...]:
+    """The most bytes that a choice of each node may hold while all others hold their least, or its own least."""
+    least = [min(choice.nbytes for choice in node.choices) for node in instance.nodes]
+    held = sum(node.count * nbytes for node, nbytes in zip(instance.nodes, least, strict=True))
+    room = max(0.0, instance.budget * (1.0 + ROUNDING) - held)
+    return tuple(nbytes + room / node.count for node, nbytes in zip(instance.nodes, least, strict=True))
+
+
+def _undominated(choices: tuple[Choice, ...], roles: list[tuple[int, ...]], most: float) -> tuple[int, ...]:
+    """The choices of at most `most` bytes to keep, ascending; of equal ones the first."""
+    kept: dict[tuple[int, ...], list[int]] = {}
+    figures = [(choice.forward, choice.backward, choice.optimizer, choice.nbytes) for choice in choices]
+    counted = 3 if math.isinf(most) else 4
+    for c in sorted((c for c, choice in enumerate(choices) if choice.nbytes <= most), key=lambda c: (figures[c], c)):
+        rivals = kept.setdefault(tuple(role[c] for role in roles), [])
+        if not any(all(map(operator.le, figures[rival][:counted], figures[c])) for rival in rivals):
+            rivals.append(c)
+    return tuple(sorted(c for rivals in kept.values() for c in rivals))
+
+
+def _keep(flow: Flow, kept: tuple[tuple[int, ...], ...]) -> Flow:
+    """`flow` for nodes that have only the choices `kept`."""
+    consumers = tuple(Consumer(c.node, _pick(c.targets, kept[c.node])) for c in flow.consumers)
+    return replace(flow, sources=_pick(flow.sources, kept[flow.producer]), consumers=consumers)
