@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from autopar.passes.capture import Precision, Program, capture
+from autopar.passes.capture import Precision, Program, Source, capture
 from autopar.passes.constants import FoldConstants
 from autopar.passes.decision import Context, context
 from autopar.passes.normalize import Normalize
@@ -58,16 +59,23 @@ def targets(found: Program) -> list[str]:
     return [str(n.target).removeprefix("aten.").partition(".")[0] for n in found.graph.nodes if n.op == "call_function"]
 
 
+class OnCpu(fx.Interpreter):
+    """Runs a graph that was captured on meta."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(target, *pytree.tree_map_only(torch.device, lambda _: "cpu", (args, kwargs)))
+
+
 def evaluated(found: Program, *operands: Tensor) -> Any:
-    """What a program of `call` returns on its operands."""
-    values = dict(zip((n.name for n in found.graph.nodes if n.op == "placeholder"), (), strict=False))
-    by_source = {f"held{n}": o for n, o in enumerate(operands) if isinstance(o, nn.Parameter | nn.Buffer)}
+    """What a program of a call returns on its operands."""
+    held = {f"held{n}": o for n, o in enumerate(operands) if isinstance(o, nn.Parameter | nn.Buffer)}
     inputs = iter(o for o in operands if not isinstance(o, nn.Parameter | nn.Buffer))
-    for node in found.graph.nodes:
-        if node.op == "placeholder":
-            source = found.sources[node.name]
-            values[node.name] = found.constants[node.name] if source.kind == "constant" else (
-                by_source[source.name] if source.kind != "input" else next(inputs))
-    interpreter = torch.fx.Interpreter(nn.Module(), graph=found.graph)
-    outputs = interpreter.run(*values.values())
+
+    def value(source: Source) -> Tensor:
+        if source.kind == "input":
+            return next(inputs)
+        return found.constants[source.name] if source.kind == "constant" else held[source.name]
+
+    values = [value(found.sources[n.name]) for n in found.graph.nodes if n.op == "placeholder"]
+    outputs = OnCpu(nn.Module(), graph=found.graph).run(*values)
     return outputs[0] if len(outputs) == 1 else outputs
