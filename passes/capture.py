@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -88,10 +89,10 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
     """
     if precision not in COMPUTE_DTYPE:
         raise AutoparError(f"precision {precision!r} is not one of {', '.join(COMPUTE_DTYPE)}")
-    twin = meta_twin(model, COMPUTE_DTYPE[precision])
     args, kwargs = pytree.tree_map_only(Tensor, _meta(COMPUTE_DTYPE[precision]), inputs)
-    module = twin if loss_fn is None else WithLoss(twin, loss_fn).train(model.training)
     try:
+        twin = meta_twin(model, COMPUTE_DTYPE[precision])
+        module = twin if loss_fn is None else WithLoss(twin, loss_fn).train(model.training)
         exported = torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(_blame(error, model)) from error
@@ -175,8 +176,19 @@ def _blame(error: Exception, model: nn.Module) -> str:
     while trace is not None:
         frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame.f_code.co_name))
         trace = trace.tb_next
-    users = [f for f in frames if "/torch/" not in f[0] and "/passes/capture" not in f[0] and not f[0].startswith("<")]
+    ours = (str(Path(torch.__file__).parent), __file__)
+    users = [f for f in frames if not f[0].startswith((*ours, "<"))]
     where = f" at {users[-1][0]}:{users[-1][1]} in {users[-1][2]}" if users else ""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return (f"{type(model).__name__} can't be exported{where}: {type(error).__name__}: {said}; "
-            "make the forward free of data-dependent control flow there, or compile the part that is")
+    kind = type(error).__name__
+    remedy = next((text for words, text in _REMEDIES if words in kind or words in said),
+                  "the call fails on inputs of these shapes: mend the forward or the inputs")
+    return f"{type(model).__name__} can't be exported{where}: {kind}: {said}; {remedy}"
+
+
+_REMEDIES = [
+    ("DataDependent", "make the forward free of control flow that depends on values, or compile the part that is"),
+    ("deepcopy", "the model holds something that can't be copied: move it out of the module"),
+    ("pickle", "the model holds something that can't be copied: move it out of the module"),
+]
+"""What to do about an error, by a word in its name or text."""

@@ -14,7 +14,7 @@ aten = torch.ops.aten
 DROPPED = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
 SAME_STORAGE = {aten.alias.default, aten.detach_.default, aten.lift_fresh.default}
 COPIES = {aten.lift_fresh_copy.default}
-CASTS = {aten.to.dtype_layout, aten.to.dtype, aten.to.device, aten.to.other}
+CASTS = {aten.to.dtype_layout, aten.to.dtype, aten.to.device, aten.to.other, aten.type_as.default}
 COPYING_CASTS = {aten._to_copy.default}
 DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 

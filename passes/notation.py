@@ -26,9 +26,14 @@ def op_text(decision: Decision, index: int) -> str:
     op = decision.context.segmented.ops[index]
     if op.contraction and len(op.results) == 1:
         return _contraction_text(decision, op, index)
-    made = [str(merged(decision.context.segmented.factored, r.node, decision.sources[r.node])) for r in op.results]
-    read = [str(_operand_spec(decision, op, o, index)) for o in op.operands if o.node in decision.context.gradients]
+    made = [_text(merged(decision.context.segmented.factored, r.node, decision.sources[r.node])) for r in op.results]
+    read = [_text(_operand_spec(decision, op, o, index)) for o in op.operands if o.node in decision.context.gradients]
     return f"{', '.join(made)} = {', '.join(read)}" if read else ", ".join(made)
+
+
+def _text(spec: Spec) -> str:
+    """The notation; of a scalar, which has no dims to name, `R` before its partial sums."""
+    return str(spec) if spec.dims else f"R{spec}"
 
 
 def _operand_spec(decision: Decision, op: Op, operand: OpOperand, index: int) -> Spec:
