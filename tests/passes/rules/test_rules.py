@@ -93,6 +93,7 @@ def linear_cases() -> Iterator[Any]:
     yield case("linear of inputs", "e0 k n", op, F.linear, x(4, 8), x(8, 8), x(8))
     yield case("linear of a vector", "k n", op, F.linear, x(8), w(4, 8), w(4))
     yield case("mm", "m k n", aten.mm.default, torch.mm, x(4, 8), w(8, 4))
+    yield case("mm with itself", "m k n", aten.mm.default, lambda t: torch.mm(t, t), x(4, 4))
     yield case("bmm", "b m k n", aten.bmm.default, torch.bmm, x(4, 4, 8), x(4, 8, 4))
     yield case("addmm", "m k n", aten.addmm.default, torch.addmm, w(4), x(4, 8), w(8, 4))
     yield case("addmm of a matrix", "", aten.addmm.default, torch.addmm, x(4, 4), x(4, 8), w(8, 4))
@@ -156,6 +157,7 @@ def attention_cases() -> Iterator[Any]:
         return lambda *o: call(*o, **options)
 
     yield case("attention", "b h", op, call, *qkv)
+    yield case("attention to itself", "b h", op, lambda t: call(t, t, t), x(4, 4, 8, 4))
     yield case("attention scaled", "b h", op, attention(scale=0.3), *qkv)
     yield case("attention causal", "b h", op, attention(is_causal=True), *square)
     yield case("attention causal scaled", "b h", op, attention(is_causal=True, scale=2.0), *square)
