@@ -1,19 +1,25 @@
-"""Programs of single calls: a function on inputs, parameters and buffers, captured and annotated."""
+"""Programs of single calls and of tiny models, captured and annotated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from autopar.api import arguments
 from autopar.passes.capture import Precision, Program, Source, capture
 from autopar.passes.constants import FoldConstants
 from autopar.passes.decision import Context, context
 from autopar.passes.normalize import Normalize
 from autopar.passes.segments import annotate
+from autopar.planner import prepare
+from tests.builders import Case, gpt2, mlp, resnet
+
+MODELS: dict[str, Callable[[], Case]] = {"mlp": mlp, "gpt2": gpt2, "resnet": partial(resnet, size=32)}
 
 
 class Call(nn.Module):
@@ -52,6 +58,13 @@ def prepared(found: Program) -> Program:
 def annotated(call: Callable[..., Any], *operands: Tensor, precision: Precision = "fp32") -> Context:
     """`call` with factors, ops and segments."""
     return context(annotate(program(call, *operands, precision=precision)))
+
+
+@cache
+def model_context(name: str, precision: Precision = "fp32") -> Context:
+    """The annotated training program of the tiny model called `name`."""
+    case = MODELS[name]()
+    return prepare(capture(case.model, arguments(case.inputs), precision, case.loss_fn))
 
 
 def targets(found: Program) -> list[str]:

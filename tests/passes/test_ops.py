@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from autopar.api import arguments
 from autopar.passes.capture import capture
-from autopar.passes.decision import Context, context
 from autopar.passes.ops import Op, block_of
 from autopar.passes.segments import annotate
-from tests import builders
-from tests.programs import annotated, prepared
+from tests.programs import annotated, model_context, prepared
 
 
 def w(*shape: int) -> nn.Parameter:
@@ -74,12 +70,6 @@ def test_block_of(path: str, block: str) -> None:
     node = fx.Graph().placeholder("x")
     node.meta["path"] = path
     assert block_of(node) == block
-
-
-@cache
-def model_context(name: str) -> Context:
-    case = builders.CASES[name]() if name != "resnet" else builders.resnet(size=32)
-    return context(annotate(prepared(capture(case.model, arguments(case.inputs), "fp32", case.loss_fn))))
 
 
 MODELS = ["gpt2", "resnet", "mlp"]
