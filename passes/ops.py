@@ -73,7 +73,7 @@ class Op:
         return next(f for f in self.factors if f.key == key)
 
 
-_BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.|$)")
+_BLOCK = re.compile(r"^(?:.*?\.)??\d+(?=\.|$)")
 
 
 def block_of(node: fx.Node) -> str:
