@@ -230,11 +230,10 @@ class _Lowering:
         return emitted
 
     def _spec_of(self, node: fx.Node, op: Op, index: int) -> Spec:
-        """The spec of a value inside an op: that of any result, since a chain of pointwise nodes has one."""
-        if not op.has_rule or not op.results or value_of(node) is None:
+        """The spec of a value inside an op."""
+        if node not in op.keys:
             return Spec(((),) * (self.context.rank(node) if value_of(node) is not None else 0))
-        alike = OpOperand(node, op.results[0].keys)
-        return self.context.emitted(op, alike, self.decision.assignments[index])
+        return self.context.emitted(op, OpOperand(node, op.keys[node]), self.decision.assignments[index])
 
     def _localize(self, node: fx.Node, args: Any, kwargs: Any, spec: Spec) -> tuple[Any, Any]:
         """Shapes and devices among the arguments as they are on this rank."""

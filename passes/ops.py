@@ -1,6 +1,7 @@
-"""The ops the solver decides on: one node each, or a chain of pointwise nodes that will run as one kernel.
+"""The ops the solver decides on: one node each, or a cluster of nodes that will run as one kernel.
 
-Renamings are no ops: an operand that is a view refers to the value it renames.
+A cluster is a chain of pointwise nodes of one shape, or of all that one module does without a contraction: a norm
+written out, a rotary embedding. Renamings are no ops: an operand that is a view refers to the value it renames.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import fx
 
 from autopar.passes.factors import SPLITS, Factored
@@ -19,6 +21,7 @@ from autopar.passes.functional import is_update, value_of
 from autopar.passes.rules.notation import is_unit
 from autopar.passes.rules.table import CONTRACTIONS, is_pointwise, shape, tensor_operands
 
+aten = torch.ops.aten
 Role = Literal["batch", "data", "model"]
 
 
@@ -48,15 +51,27 @@ class OpOperand:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Op:
-    """`nodes` in order; `operands` from outside, `results` that are used outside, as (node, factor keys)."""
+    """`nodes` in order; `operands` from outside, `results` that are used outside, as (node, factor keys).
+
+    `keys` has the factor keys of every node that has a rule.
+    """
 
     name: str
     nodes: tuple[fx.Node, ...]
     operands: tuple[OpOperand, ...]
     results: tuple[OpOperand, ...]
     factors: tuple[Factor, ...]
-    block: str
-    has_rule: bool
+    keys: dict[fx.Node, tuple[str, ...]]
+
+    @property
+    def block(self) -> str:
+        """The repeated block it belongs to."""
+        return block_of(self.main)
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether it can be sharded at all."""
+        return self.main in self.keys
 
     @property
     def main(self) -> fx.Node:
@@ -73,6 +88,12 @@ class Op:
         return next(f for f in self.factors if f.key == key)
 
 
+LOCAL = {
+    aten.slice.Tensor, aten.cat.default, aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.softmax.int,
+    aten.log_softmax.int, aten.expand.default, aten.roll.default, aten.slice_scatter.default,
+    aten.select_scatter.default,
+}
+"""Ops that join a cluster of their module although they are not pointwise."""
 _BLOCK = re.compile(r"^(?:.*?\.)??\d+(?=\.|$)")
 
 
@@ -127,16 +148,31 @@ def _is_alias_split(node: fx.Node, factored: Factored) -> bool:
 
 
 def _joinable(node: fx.Node, member: dict[fx.Node, list[fx.Node]], factored: Factored) -> list[list[fx.Node]]:
-    """The clusters of pointwise nodes of the same dims and block that feed `node` directly."""
-    if not _fusable(node, factored):
-        return []
-    feeding = [n for n in node.all_input_nodes if n in member and _fusable(member[n][-1], factored)]
-    alike = [n for n in feeding if factored.dims[n] == factored.dims[node] and block_of(n) == block_of(node)]
-    return list({id(member[n]): member[n] for n in alike}.values())
+    """The clusters that feed `node` directly and run in one kernel with it."""
+    feeding = {id(member[n]): member[n] for n in node.all_input_nodes if n in member}
+    return [c for c in feeding.values() if _one_shape([*c, node], factored) or _one_module([*c, node], factored)]
+
+
+def _one_shape(nodes: list[fx.Node], factored: Factored) -> bool:
+    """Pointwise nodes of one block and one shape."""
+    first = nodes[0]
+    return all(is_pointwise(n) and _fusable(n, factored) and factored.dims[n] == factored.dims[first]
+               and block_of(n) == block_of(first) for n in nodes)
+
+
+def _one_module(nodes: list[fx.Node], factored: Factored) -> bool:
+    """Nodes of one module that move or reduce along dims they keep whole, or are pointwise."""
+    path = nodes[0].meta.get("path")
+    return all((is_pointwise(n) or n.target in LOCAL) and _fusable(n, factored) and n.meta.get("path") == path
+               and all(_distinct(factored.flat(v)) for v in (n, *tensor_operands(n))) for n in nodes)
+
+
+def _distinct(factors: tuple[int, ...]) -> bool:
+    return len(set(factors)) == len(factors)
 
 
 def _fusable(node: fx.Node, factored: Factored) -> bool:
-    return is_pointwise(node) and node in factored.rules and not is_update(node, factored.program)
+    return node in factored.rules and not factored.rules[node].special and not is_update(node, factored.program)
 
 
 def _convex(cluster: list[fx.Node], ancestors: dict[fx.Node, int], bit: dict[fx.Node, int]) -> bool:
@@ -184,6 +220,9 @@ def _sources(cluster: list[fx.Node], owner: dict[fx.Node, int]) -> set[fx.Node]:
 
 
 def _make_op(name: str, cluster: list[fx.Node], factored: Factored, roles: dict[int, Role]) -> Op:
+    tensors = [n for n in cluster if value_of(n) is not None]
+    if len(tensors) > 1 and all(n in factored.rules for n in cluster):
+        return _make_cluster(name, cluster, factored, roles)
     inside = set(cluster)
     bound: dict[tuple[fx.Node, tuple[str, ...] | None], OpOperand] = {}
     keyed: dict[str, tuple[int, ...]] = {}
@@ -194,8 +233,45 @@ def _make_op(name: str, cluster: list[fx.Node], factored: Factored, roles: dict[
     results = [n for n in cluster if value_of(n) is not None and any(user not in inside for user in n.users)]
     bound_results = tuple(OpOperand(n, _result_keys(n, factored, keyed)) for n in results)
     factors = _factors(cluster, factored, keyed, roles)
-    return Op(name, tuple(cluster), tuple(bound.values()), bound_results, factors, block_of(cluster[-1]),
-              cluster[-1] in factored.rules)
+    keys = {n: _result_keys(n, factored, keyed) or () for n in cluster if n in factored.rules}
+    return Op(name, tuple(cluster), tuple(bound.values()), bound_results, factors, keys)
+
+
+def _make_cluster(name: str, cluster: list[fx.Node], factored: Factored, roles: dict[int, Role]) -> Op:
+    """An op of several nodes, whose factors are those of the program, numbered as they come."""
+    number: dict[int, str] = {}
+
+    def keys(node: fx.Node) -> tuple[str, ...]:
+        return tuple(number.setdefault(f, f"f{len(number)}") for f in factored.flat(node))
+
+    inside = set(cluster)
+    operands = {n: OpOperand(n, keys(n)) for node in cluster for n in tensor_operands(node) if n not in inside}
+    every = {node: keys(node) for node in cluster}
+    results = tuple(OpOperand(n, every[n]) for n in cluster if any(user not in inside for user in n.users))
+    whole = _whole_atoms(cluster, list(operands), factored)
+    free = set.intersection(*({*factored.flat(r.node)} for r in results)) - whole - factored.selected
+    factors = tuple(Factor(key, factored.sizes[f], f in free, False, False, roles.get(f, "model"))
+                    for f, key in number.items())
+    return Op(name, tuple(cluster), tuple(operands.values()), results, factors, every)
+
+
+def _whole_atoms(cluster: list[fx.Node], operands: list[fx.Node], factored: Factored) -> set[int]:
+    """The factors that some node of a cluster wants whole or sums over, or that are inner ones of a parameter's dim."""
+    whole: set[int] = set()
+    for node in cluster:
+        read = tensor_operands(node)
+        bound, results = factored.rules[node].bind(tuple(len(shape(n)) for n in read), (len(shape(node)),))
+        for operand, n in zip(bound, read, strict=True):
+            for letter, dim in zip(operand.letters or (), factored.dims[n], strict=True):
+                if letter in factored.rules[node].whole or letter not in results[0]:
+                    whole.update(dim)
+        named = zip(results[0], factored.dims[node], strict=True)
+        whole.update(f for letter, dim in named if letter in factored.rules[node].whole for f in dim)
+    for n in operands:
+        if is_parameter(factored.base(n)[0], factored):
+            free = ([f for f in dim if f not in factored.selected] for dim in factored.dims[n])
+            whole.update(f for dim in free for f in dim[1:])
+    return whole
 
 
 def _bound_operands(node: fx.Node, factored: Factored, keyed: dict[str, tuple[int, ...]]) -> list[OpOperand]:

@@ -19,6 +19,7 @@ from autopar.passes.costs import MASTER_BYTES, Optimizer, Work, work_of
 from autopar.passes.decision import Context, Decision, cargo_of
 from autopar.passes.layout import from_base, itemsize, local_bytes, local_shape, whole_bytes
 from autopar.passes.ops import Op, is_parameter
+from autopar.passes.rules.table import shape, tensor_operands
 from autopar.passes.segments import Segment as ProgramSegment
 from autopar.passes.segments import plain_arguments
 from autopar.passes.strategies import Assignment, Mode, Storage, assignments, storages
@@ -83,6 +84,8 @@ def op_work(context: Context, op: Op, assignment: Assignment, mesh: Mesh) -> Wor
     factored = context.segmented.factored
     read = [(o.node, from_base(context.wanted(op, o, assignment), factored.base(o.node)[1])) for o in op.operands]
     operands = [local_shape(factored, node, spec, mesh) for node, spec in read]
+    if not op.has_rule:
+        operands = [shape(node) for node in tensor_operands(op.main)]
     nbytes = sum(local_bytes(factored, node, spec, mesh) for node, spec in dict.fromkeys(read))
     results = [(r.node, context.emitted(op, r, assignment)) for r in op.results]
     nbytes += sum(local_bytes(factored, node, spec, mesh) for node, spec in results)
