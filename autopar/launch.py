@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +33,9 @@ _LAUNCHERS: dict[str, tuple[str, str, str]] = {
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
 _DEFAULT_PORT = 29500
+_SETTLE_SECONDS = 0.1
+"""How long gloo's threads may take at exit to drop the tensors of the last collectives. They need Python's lock for it,
+and one that asks for the lock when the interpreter is ending aborts the process: seen on torch 2.13."""
 
 
 def init(rank: int | None = None, world_size: int | None = None, host: str | None = None, port: int | None = None,
@@ -48,6 +53,8 @@ def init(rank: int | None = None, world_size: int | None = None, host: str | Non
                            "gloo")
     given = _given(rank, world_size, host, port)
     launch = given or _launched()
+    if backend == "gloo":
+        atexit.register(time.sleep, _SETTLE_SECONDS)
     if backend == "nccl":
         torch.cuda.set_device((launch.local_rank if launch else 0) % torch.cuda.device_count())
     if launch is None:
