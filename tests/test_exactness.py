@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import autopar
 from tests.builders import CASES
+from tests.families import FAMILIES, family
 
 pytestmark = pytest.mark.dist
 TOLERANCE = 1e-5
@@ -34,9 +34,10 @@ def gradient_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
             for n, g in expected.items()}
 
 
-def check(rank: int, world_size: int, case_name: str, options: dict[str, Any], local: bool) -> tuple[float, float, float]:
+def check(rank: int, world_size: int, case_name: str, options: dict[str, Any],
+          local: bool) -> tuple[float, float, float]:
     """(loss error, worst gradient error, worst buffer error) of one compiled step."""
-    case = CASES[case_name]()
+    case = CASES[case_name]() if case_name in CASES else family(case_name)
     reference = copy.deepcopy(case.model)
     expected = case.plain_loss(reference)
     expected.backward()
@@ -61,3 +62,11 @@ def test_step_equals_the_plain_models(pool: Any, name: str, world_size: int, mod
         assert loss_error <= TOLERANCE
         assert gradient_error <= TOLERANCE
         assert buffer_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3", "1d", "auto"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_as_their_authors_wrote_them(pool: Any, name: str, mode: str) -> None:
+    for loss_error, gradient_error, _ in pool(2).run(check, name, {"mode": mode, "solver": "highs"}, False):
+        assert loss_error <= TOLERANCE
+        assert gradient_error <= TOLERANCE
