@@ -231,20 +231,50 @@ def pointwise_cases() -> Iterator[Any]:
     yield case("add scaled", "o0 o1", aten.add.Tensor, lambda *o: torch.add(*o, alpha=3), x(4, 4), w(4))
     yield case("broadcast rows", "o0 o1 o2", aten.mul.Tensor, torch.mul, x(4, 3, 4), w(4))
     yield case("broadcast columns", "o0 o1", aten.mul.Tensor, torch.mul, x(4, 4), x(4, 1))
-    yield case("broadcast both ways", "o0 o1 o2", aten.div.Tensor, lambda a, c: a / c.exp(), x(4, 1, 4), x(1, 4, 4))
+    yield case("broadcast both ways", "o0 o1 o2", aten.div.Tensor, torch.div, x(4, 1, 4), x(1, 4, 4))
     yield case("broadcast a scalar", "o0 o1", aten.mul.Tensor, torch.mul, x(4, 4), w())
     yield case("square", "o0 o1", aten.mul.Tensor, lambda t: t * t, x(4, 4))
     yield case("gelu", "o0 o1", aten.gelu.default, F.gelu, x(4, 4))
     yield case("where", "o0 o1", aten.where.self, torch.where, mask(4, 1), x(4, 4), x(4))
     yield case("where with a number", "o0 o1", aten.where.ScalarOther, lambda m, t: torch.where(m, t, 2.0), mask(1, 4),
                x(4, 4))
-    yield case("a chain", "o0 o1", aten.mul.Tensor, lambda m, n, t: t * (m & n), mask(4, 1), mask(1, 4), x(4, 4))
-    yield case("a chain with two results", "o0 o1", aten.sin.default, lambda t, v: (h := t * v + v, h.sin()), x(4, 4),
-               w(4))
     yield case("masked_fill", "o0 o1", aten.masked_fill.Scalar, lambda t, m: t.masked_fill(m, 2.0), x(4, 4), mask(4, 4))
     yield case("rand", "o0 o1", aten.rand.default, lambda t: t * torch.rand(4, 4, device=t.device), x(4, 4),
                random=True)
     yield case("dropout", "o0 o1 o2", aten.dropout.default, lambda t: F.dropout(t, 0.4), x(4, 4, 4), random=True)
+
+
+def rms_norm(t: Tensor, weight: Tensor) -> Tensor:
+    return t * torch.rsqrt(t.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def rotary(t: Tensor, angle: Tensor) -> Tensor:
+    half = t.shape[-1] // 2
+    return t * angle.cos() + torch.cat((-t[..., half:], t[..., :half]), -1) * angle.sin()
+
+
+def gated(t: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    scores = (t * gate).softmax(1)
+    return scores.sin(), scores.amax(1)
+
+
+def cluster_cases() -> Iterator[Any]:
+    """Ops of several nodes; their factors are numbered as they come."""
+    mul, keep = aten.mul.Tensor, F.dropout
+    yield case("a chain", "f0 f1", mul, lambda m, n, t: t * (m & n), mask(4, 1), mask(1, 4), x(4, 4))
+    yield case("a chain with two results", "f0 f1", aten.sin.default, lambda t, v: (h := t * v + v, h.sin()), x(4, 4),
+               w(4))
+    yield case("a chain with dropout", "f0 f1", mul, lambda t: t.sin() * keep(t.cos(), 0.4), x(4, 4), random=True)
+    yield case("a norm", "f0 f1", mul, rms_norm, x(4, 4, 8), w(8))
+    yield case("a rotary embedding", "f0 f1 f3", aten.add.Tensor, rotary, x(4, 4, 4, 8), x(4, 1, 4, 8))
+    yield case("results of two shapes", "f0 f2", aten.amax.default, gated, x(4, 4, 4), w(4, 1))
+    yield case("a sum within", "f0", mul, lambda t, v: t / t.exp().sum(-1, keepdim=True) * v, x(4, 8), w(8))
+    yield case("a shift within", "f1", aten.add.Tensor, lambda t, v: t + (t * v).roll(1, 0), x(4, 8), w(8))
+    yield case("a scatter within", "f0", aten.slice_scatter.default,
+               lambda t, v: torch.slice_scatter(t * v, (t + v)[:, :4], 1, 2, 6), x(4, 8), w(8))
+    yield case("a choice of rows", "f0 f1 f2", aten.where.self,
+               lambda m, t, v: torch.where(m, t.expand(4, 4, 4), t * v), mask(4, 1, 4), x(1, 4, 4), w(4))
+    yield case("the same factor twice", "o0 o1", mul, lambda t: t @ t.t() * (t @ t.t()).softmax(-1), x(4, 8))
 
 
 def other_cases() -> Iterator[Any]:
@@ -267,7 +297,7 @@ def other_cases() -> Iterator[Any]:
 
 
 CASES = [*linear_cases(), *matmul_cases(), *convolution_cases(), *norm_cases(), *attention_cases(), *loss_cases(),
-         *shape_cases(), *reduction_cases(), *pointwise_cases(), *other_cases()]
+         *shape_cases(), *reduction_cases(), *pointwise_cases(), *cluster_cases(), *other_cases()]
 
 
 @dataclass(frozen=True, eq=False)
