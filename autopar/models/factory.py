@@ -113,8 +113,8 @@ def _parts(made: Any, where: str) -> tuple[nn.Module, Inputs | None, Any]:
         raise AutoparError(f"{where} returned {found}; needed is {FORMS}")
     loss_fn = parts[2] if len(parts) == 3 else None
     if loss_fn is not None and not callable(loss_fn):
-        raise AutoparError(f"{where} returned a loss_fn of type {type(loss_fn).__name__}; needed is a function of output "
-                           "and target")
+        raise AutoparError(f"{where} returned a loss_fn of type {type(loss_fn).__name__}; needed is a function of "
+                           "output and target")
     return parts[0], _inputs(parts[1], where) if len(parts) > 1 else None, loss_fn
 
 
