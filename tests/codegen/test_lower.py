@@ -10,7 +10,8 @@ from functools import cache, partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from autopar.api import arguments
@@ -30,6 +31,25 @@ TOLERANCE = 1e-5
 MESHES = (Mesh((2,)), Mesh((4,)), Mesh((2, 2)))
 
 
+class Recurrent(nn.Module):
+    """One block in turns with an op without a rule; its output also leaves as a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh())])
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.h[0](x).unflatten(1, (2, 4)).transpose(1, 2).cumsum(0).flatten(1) * self.scale
+        return x
+
+
+def recurrent() -> builders.Case:
+    torch.manual_seed(0)
+    return builders.Case(Recurrent(), (torch.randn(4, 8), torch.randint(0, 8, (4,))), F.cross_entropy)
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A model captured in float64, what it is run on and what its step comes to."""
@@ -41,6 +61,7 @@ class Subject:
 
 MODELS: dict[str, tuple[Callable[[], builders.Case], int]] = {
     "mlp": (builders.mlp, 10),
+    "recurrent": (recurrent, 10),
     "gpt2": (partial(builders.gpt2, batch=4), 6),
     "gpt2 with dropout": (partial(builders.gpt2, dropout=0.2, batch=4), 6),
     "resnet": (partial(builders.resnet, size=32), 4),

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from autopar.passes.capture import capture
-from autopar.passes.ops import Op, block_of
+from autopar.passes.ops import Op, block_of, unique
 from autopar.passes.segments import annotate
 from tests.programs import annotated, model_context, prepared
 
@@ -113,6 +113,14 @@ def test_clusters_are_convex_and_cover_the_program_once(name: str) -> None:
         left_and_returned = owner[node] in behind and owner[node] not in inside if node in owner else False
         assert not left_and_returned, f"{node} comes back to its cluster"
         reached[node] = behind
+
+
+@pytest.mark.parametrize(("names", "expected"), [
+    (["a", "b"], ["a", "b"]), (["a", "a", "a"], ["a", "a_1", "a_2"]), (["fc", "fc_1", "fc"], ["fc", "fc_1", "fc_2"]),
+    (["fc", "fc", "fc_1"], ["fc", "fc_2", "fc_1"]), ([], []),
+])
+def test_names_that_occur_again_are_numbered(names: list[str], expected: list[str]) -> None:
+    assert unique(names) == expected
 
 
 @pytest.mark.parametrize(("name", "expected"), [
