@@ -14,17 +14,18 @@ from autopar.codegen.lower import Target
 from autopar.codegen.reprice import Memory, reprice
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
-from autopar.core.mesh import Mesh, mesh_shapes
+from autopar.core.mesh import Mesh
 from autopar.core.sharding import Instance, Priced, Solution
 from autopar.passes.capture import Program, keep_loss
 from autopar.passes.constants import FoldConstants
 from autopar.passes.costs import Optimizer, optimizer_called
 from autopar.passes.decision import Context, Decision, context
+from autopar.passes.modes import Mode, mode_called
 from autopar.passes.normalize import Normalize
 from autopar.passes.notation import op_text, parameter_text
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
-from autopar.passes.strategies import Mode, Storage, mode_called, parse_storage
+from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds
 from autopar.solver.sharding import optimise
 
@@ -71,13 +72,13 @@ def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...
     """The mesh shapes to try."""
     if request.mesh is not None:
         return (request.mesh,)
-    return mesh_shapes(cluster.size, mode_called(request.mode).most_axes)
+    return mode_called(request.mode).shapes_for(cluster.size)
 
 
 def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> tuple[Plan, Problem]:
     """The best plan over mesh shapes, with the problem it solves. Raises Infeasible when no shape has one."""
     best: tuple[Solution, Problem] | None = None
-    reasons: list[str] = []
+    refusals: list[tuple[Mesh, Infeasible]] = []
     spent = 0.0
     for shape in shapes_for(request, cluster):
         setting = request.setting(cluster, shape)
@@ -86,14 +87,15 @@ def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lam
         try:
             solution = optimise(problem.instance, request.solver)
         except Infeasible as refusal:
-            reasons.append(f"mesh {setting.mesh}: {refusal}")
+            refusals.append((setting.mesh, refusal))
             continue
         spent += solution.solve_seconds
         report(f"mesh {setting.mesh}: {1e3 * solution.seconds:.3f} ms a step, solved in {solution.solve_seconds:.2f} s")
         if best is None or _better(solution, problem, *best):
             best = solution, problem
     if best is None:
-        raise Infeasible("; ".join(reasons))
+        least = [r.least_budget_bytes for _, r in refusals if r.least_budget_bytes is not None]
+        raise Infeasible("; ".join(f"mesh {mesh}: {refusal}" for mesh, refusal in refusals), min(least, default=None))
     return _plan(*best, request, spent), best[1]
 
 
@@ -178,8 +180,29 @@ def decision_of(plan: Plan, ctx: Context) -> Decision:
     parameters = {sources[n.name].name: n for n in ctx.parameters()}
     stored = {p.name: parse_storage(p.storage) for p in plan.parameters}
     _same("parameters", parameters, stored)
+    mesh = Mesh(plan.mesh)
+    _check_space(ctx, mesh, planned, stored)
     storage = {node: stored[name] for name, node in parameters.items()}
-    return Decision(ctx, Mesh(plan.mesh), tuple(planned[name] for name in names), storage)
+    return Decision(ctx, mesh, tuple(planned[name] for name in names), storage)
+
+
+def _check_space(ctx: Context, mesh: Mesh, planned: dict[str, Assignment], stored: dict[str, Storage]) -> None:
+    """Raises AutoparError unless everything planned is a choice of the widest mode."""
+    mode, factored = mode_called("auto"), ctx.segmented.factored
+    for op in ctx.segmented.ops:
+        choices = assignments(op, mesh, mode, any(r.node in ctx.gradients for r in op.results))
+        _check_choice("assignment of op", op.name, planned[op.name], choices)
+    for node, users in ctx.parameters().items():
+        name = factored.program.sources[node.name].name
+        _check_choice("storage of parameter", name, stored[name], storages(factored, node, users, mesh, mode))
+
+
+def _check_choice(what: str, name: str, planned: object, choices: Iterable[object]) -> None:
+    known = list(choices)
+    if planned not in known:
+        text, *some = (",".join(c) if isinstance(c, tuple) else str(c) for c in (planned, *known[:5]))
+        raise AutoparError(f"the plan's {what} {name} is {text!r}, which is none of its {len(known)} choices, such as "
+                           f"{'; '.join(some)}; the plan was edited or made by another version: plan again")
 
 
 def _same(what: str, mine: Iterable[str], planned: Iterable[str]) -> None:
@@ -229,5 +252,6 @@ def solve_pinned(ctx: Context, cluster: Cluster, request: Request, shape: tuple[
 
 
 def _relaxed(mode: Mode) -> Mode:
-    """A mode for evaluation: the same roles, no matter how the parameters rest."""
-    return Mode(mode.roles, False, frozenset("RZS"), mode.most_axes)
+    """A mode for evaluation: the same roles, no matter how the parameters rest and whether the batch is cut."""
+    axes = tuple(replace(axis, batch_always=False, storage=frozenset("RZKS")) for axis in mode.axes)
+    return replace(mode, axes=axes)

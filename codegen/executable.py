@@ -72,7 +72,8 @@ def build(target: Target) -> Executable:
     calls = []
     for segment in decision.context.segmented.segments:
         exports = exported.get(segment.name, {})
-        key = (segment.class_id, _arrivals(segment, target), tuple(exports.values()))
+        assigned = tuple(decision.assignments[i] for i in segment.ops)
+        key = (segment.class_id, assigned, _arrivals(segment, target), tuple(exports.values()))
         if key not in cache:
             cache[key] = lower(segment, tuple(exports), target)
         calls.append(Call(segment, cache[key], tuple(exports)))

@@ -50,7 +50,8 @@ def wrap(group: nn.Module, stored: dict[str, Stored], mesh: Mesh, torch_mesh: De
 
     Gradients are summed in fp32, never averaged: losses here are global means already.
     """
-    axes = next(iter(stored.values())).storage.gathered if stored else tuple(mesh.axes)
+    storage = next(iter(stored.values())).storage if stored else None
+    axes = storage.gathered if storage else tuple(mesh.axes)
     part = submesh(torch_mesh, axes)
     flat = part if part.ndim == 1 else part._flatten("flat")
     places = {id(p): stored[n.replace("/", ".")] for n, p in group.named_parameters() if n.replace("/", ".") in stored}
@@ -59,7 +60,8 @@ def wrap(group: nn.Module, stored: dict[str, Stored], mesh: Mesh, torch_mesh: De
         return Shard(places[id(parameter)].gather_dim(mesh))
 
     mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype else MixedPrecisionPolicy()
-    fully_shard(group, mesh=flat, reshard_after_forward=bool(stored) or None, shard_placement_fn=placement,
+    again = not storage.kept if storage else None
+    fully_shard(group, mesh=flat, reshard_after_forward=again, shard_placement_fn=placement,
                 mp_policy=mixed, ignored_params=ignored)
     for module in group.modules():
         if isinstance(module, FSDPModule):

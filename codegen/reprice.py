@@ -24,7 +24,7 @@ from autopar.passes.costs import MASTER_BYTES, work_of
 from autopar.passes.decision import Decision
 from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
 from autopar.passes.ops import Op
-from autopar.passes.problem import Setting, compute_dtype
+from autopar.passes.problem import Setting, compute_dtype, kept_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setti
     if trained:
         master = 4 if factored.program.precision.endswith("-mixed") else itemsize(node)
         scattered = _bandwidth(setting, "reduce_scatter", storage.gathered, elements * master)
-        tally.backward.hidden += gathered + scattered
+        tally.backward.hidden += scattered + (0.0 if storage.kept else gathered)
 
 
 def _bandwidth(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nbytes: float) -> float:
@@ -201,11 +201,12 @@ def _static(executable: Executable, setting: Setting, saved: float) -> tuple[Mem
     parameters = gradients = state = seconds = 0.0
     for node, storage in decision.storage.items():
         elements = whole_bytes(factored, node) / itemsize(node) / storage.resting_parts(decision.mesh)
-        parameters += elements * MASTER_BYTES
+        parameters += elements * MASTER_BYTES + kept_bytes(decision.context, node, storage, decision.mesh)
         if node in decision.context.gradients:
             gradients += elements * MASTER_BYTES
             state += elements * setting.optimizer.state_bytes
             seconds += elements * setting.optimizer.step_bytes / setting.cluster.devices[0].memory_bytes_per_s
     gathers = [sum(whole_bytes(factored, n) for n in call.segment.externals
-                   if n in decision.storage and decision.storage[n].gathered) for call in executable.calls]
+                   if n in decision.storage and decision.storage[n].gathered and not decision.storage[n].kept)
+               for call in executable.calls]
     return Memory(parameters, gradients, state, saved, 2.0 * max(gathers, default=0.0)), seconds

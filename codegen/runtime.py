@@ -23,6 +23,9 @@ from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
 from autopar.passes.strategies import Storage, storage_dims
 
+Travels = tuple[tuple[int, ...], bool]
+"""The axes that parameters are gathered over, and whether they are kept for the backward."""
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -210,11 +213,11 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
     parameters = {name: at_rest(p.detach().to(site.device), stored[name], site.mesh, p.requires_grad)
                   for name, p in plain.named_parameters()}
     owner = _owners(decision)
-    members: dict[str, dict[tuple[int, ...], dict[str, nn.Parameter]]] = {}
+    members: dict[str, dict[Travels, dict[str, nn.Parameter]]] = {}
     for name, parameter in parameters.items():
-        axes = stored[name].storage.gathered
-        members.setdefault(owner.get(name, ""), {}).setdefault(axes, {})[name] = parameter
-    groups = {key: {axes: ParameterGroup(held) for axes, held in sets.items()} for key, sets in members.items()}
+        travels = stored[name].storage.gathered, stored[name].storage.kept
+        members.setdefault(owner.get(name, ""), {}).setdefault(travels, {})[name] = parameter
+    groups = {key: {way: ParameterGroup(held) for way, held in sets.items()} for key, sets in members.items()}
     shared = groups.pop("", {})
     buffers = {name: b.detach().to(site.device).clone() for name, b in plain.named_buffers()}
     body = Body({key: tuple(sets.values()) for key, sets in groups.items()}, tuple(shared.values()), buffers)
@@ -223,16 +226,16 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
     return body
 
 
-def _wrap_all(body: Body, groups: list[tuple[tuple[int, ...], ParameterGroup]], stored: dict[str, Stored],
+def _wrap_all(body: Body, groups: list[tuple[Travels, ParameterGroup]], stored: dict[str, Stored],
               decision: Decision, site: Site) -> None:
-    gathered = [(axes, group) for axes, group in groups if axes]
+    gathered = [group for (axes, _), group in groups if axes]
     if not gathered:
         return
     precision = decision.context.segmented.factored.program.precision
     dtype = COMPUTE_DTYPE[precision] if precision.endswith("-mixed") else None
-    for _, group in gathered:
+    for group in gathered:
         wrap(group, {n: stored[n] for n in group.names}, decision.mesh, site.mesh, dtype, set())
-    rest = {p for axes, group in groups if not axes for p in group.parameters()}
+    rest = {p for (axes, _), group in groups if not axes for p in group.parameters()}
     wrap(body, {}, decision.mesh, site.mesh, dtype, rest)
 
 

@@ -7,22 +7,21 @@ written out, a rotary embedding. Renamings are no ops: an operand that is a view
 from __future__ import annotations
 
 import heapq
+import itertools
 import operator
 import re
-from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import fx
 
 from autopar.passes.factors import SPLITS, Factored
 from autopar.passes.functional import is_update, value_of
+from autopar.passes.modes import Role
 from autopar.passes.rules.notation import is_unit
 from autopar.passes.rules.table import CONTRACTIONS, is_pointwise, shape, tensor_operands
 
 aten = torch.ops.aten
-Role = Literal["batch", "data", "model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ def make_ops(factored: Factored) -> tuple[Op, ...]:
     """All ops of the program in an order in which every operand comes first."""
     clusters = _sorted(_clusters(factored))
     roles = factor_roles(factored)
-    names = _unique([_name(cluster, factored) for cluster in clusters])
+    names = unique([_name(cluster, factored) for cluster in clusters])
     return tuple(_make_op(name, cluster, factored, roles) for name, cluster in zip(names, clusters, strict=True))
 
 
@@ -355,10 +354,14 @@ def _name(cluster: list[fx.Node], factored: Factored) -> str:
     return f"{path}_{op}" if path else op
 
 
-def _unique(names: list[str]) -> list[str]:
-    seen: Counter[str] = Counter()
-    unique = []
+def unique(names: list[str]) -> list[str]:
+    """The names, numbered where one occurs again."""
+    used: set[str] = set()
+    taken = set(names)
+    found = []
     for name in names:
-        unique.append(f"{name}_{seen[name]}" if seen[name] else name)
-        seen[name] += 1
-    return unique
+        numbered = (f"{name}_{i}" for i in itertools.count(1))
+        free = name if name not in used else next(n for n in numbered if n not in used | taken)
+        used.add(free)
+        found.append(free)
+    return found

@@ -18,11 +18,12 @@ from autopar.core.spec import Spec
 from autopar.passes.costs import MASTER_BYTES, Optimizer, Work, work_of
 from autopar.passes.decision import Context, Decision, cargo_of
 from autopar.passes.layout import from_base, itemsize, local_bytes, local_shape, whole_bytes
+from autopar.passes.modes import Mode
 from autopar.passes.ops import Op, is_parameter
 from autopar.passes.rules.table import shape, tensor_operands
 from autopar.passes.segments import Segment as ProgramSegment
 from autopar.passes.segments import plain_arguments
-from autopar.passes.strategies import Assignment, Mode, Storage, assignments, storages
+from autopar.passes.strategies import Assignment, Storage, assignments, storages
 
 Key = tuple[object, ...]
 
@@ -110,11 +111,20 @@ def parameter_seconds(storage: Storage, target: Spec, cargo: Cargo, setting: Set
     start = storage.spec(len(target.dims), trained)
     nbytes = cargo.nbytes / setting.mesh.extent(start.axes)
     forward = _bandwidth(setting.price, "all_gather", axes, nbytes)
-    backward = forward + _bandwidth(setting.price, "reduce_scatter", axes, reduce_scale * nbytes) if trained else 0.0
+    again = 0.0 if storage.kept else forward
+    backward = again + _bandwidth(setting.price, "reduce_scatter", axes, reduce_scale * nbytes) if trained else 0.0
     summed = replicated_axes(start, target)
     backward += _bandwidth(setting.price, "all_reduce", summed, reduce_scale * nbytes)
     path = cheapest_path(with_summed(start, summed), target, setting.mesh, cargo, setting.price)
     return forward + path.forward, backward + path.backward
+
+
+def kept_bytes(context: Context, node: fx.Node, storage: Storage, mesh: Mesh) -> float:
+    """Bytes of a parameter that is gathered once and kept until the backward, in the compute dtype."""
+    if not storage.kept:
+        return 0.0
+    spec = storage.spec(context.rank(node), trained=False)
+    return whole_bytes(context.segmented.factored, node) / mesh.extent(spec.axes)
 
 
 def replicated_axes(start: Spec, target: Spec) -> tuple[int, ...]:
@@ -217,7 +227,8 @@ class _Builder:
         optimizer, device = self.setting.optimizer, self.setting.cluster.devices[0]
         seconds = elements * optimizer.step_bytes / device.memory_bytes_per_s if trained else 0.0
         held = MASTER_BYTES * (2 if trained else 1) + (optimizer.state_bytes if trained else 0.0)
-        return Choice(str(storage), 0.0, 0.0, seconds, elements * held)
+        kept = kept_bytes(self.context, node, storage, self.setting.mesh)
+        return Choice(str(storage), 0.0, 0.0, seconds, elements * held + kept)
 
     def _op_node(self, index: int) -> int:
         segment = self.segment_of[index]
@@ -305,7 +316,8 @@ def check_batch(context: Context, setting: Setting) -> None:
     program = context.segmented.factored.program
     shapes = [tuple(n.meta["val"].shape) for n in program.placeholders("input")]
     batch = shapes[0][0] if shapes and shapes[0] else 1
-    if setting.mode.batch_always and batch % setting.mesh.size:
-        next_batch = -(-batch // setting.mesh.size) * setting.mesh.size
-        raise AutoparError(f"the batch of {batch} does not divide over {setting.mesh.size} devices, as this mode "
-                           f"needs; use a batch of {next_batch} or another mode")
+    always = tuple(a for a, axis in enumerate(setting.mode.on(setting.mesh.shape)) if axis.batch_always)
+    parts = setting.mesh.extent(always)
+    if batch % parts:
+        raise AutoparError(f"the batch of {batch} does not divide over {parts} devices, as mode {setting.mode.name} "
+                           f"needs; use a batch of {-(-batch // parts) * parts} or another mode")

@@ -17,7 +17,7 @@ from autopar.core.errors import CaptureError
 from autopar.passes.capture import Program
 from autopar.passes.factors import Factored, analyse
 from autopar.passes.functional import value_of
-from autopar.passes.ops import Op, block_of, factor_roles, make_ops
+from autopar.passes.ops import Op, block_of, factor_roles, make_ops, unique
 from autopar.passes.strategies import differentiable
 
 aten = torch.ops.aten
@@ -79,10 +79,10 @@ def segment_program(factored: Factored) -> Segmented:
     runs = [list(run) for _, run in itertools.groupby(range(len(ops)), key=lambda i: ops[i].block)]
     numbers: dict[Any, int] = {}
     segments: list[Segment] = []
-    for run in runs:
+    names = unique([ops[run[0]].block.replace(".", "_") or f"between_{i}" for i, run in enumerate(runs)])
+    for name, run in zip(names, runs, strict=True):
         externals, signature = _signature([ops[i] for i in run], factored, gradients)
         class_id = numbers.setdefault(signature, len(numbers))
-        name = ops[run[0]].block.replace(".", "_") or f"between_{len(segments)}"
         segments.append(Segment(name, run[0], run[-1] + 1, externals, class_id))
     return Segmented(factored, ops, tuple(segments))
 

@@ -9,49 +9,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
 
-from autopar.core.errors import UnknownName
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec, State, from_states
 from autopar.passes.factors import Factored
 from autopar.passes.functional import value_of
-from autopar.passes.ops import Op, OpOperand, Role
+from autopar.passes.modes import AxisMode, Mode, Part
+from autopar.passes.ops import Op, OpOperand
 
 Assignment = tuple[str, ...]
 """For each axis the key of a factor, or `R`, or `G`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """A restriction of the space: the roles ops may shard, whether the batch must be, how parameters may rest.
-
-    Storage states: `R` whole, `Z` sharded and gathered for use, `S` sharded as it is used.
-    """
-
-    roles: frozenset[Role]
-    batch_always: bool
-    storage: frozenset[str]
-    most_axes: int
-
-
-_ALL: frozenset[Role] = frozenset(("batch", "data", "model"))
-MODES: dict[str, Mode] = {
-    "auto": Mode(_ALL, False, frozenset("RZS"), 2),
-    "ddp": Mode(frozenset(["batch"]), True, frozenset("R"), 1),
-    "zero3": Mode(frozenset(["batch"]), True, frozenset("Z"), 1),
-    "1d": Mode(frozenset(["model"]), False, frozenset("RS"), 1),
-}
-
-
-def mode_called(name: str) -> Mode:
-    """The mode called `name`. Raises UnknownName for others."""
-    if name not in MODES:
-        raise UnknownName("mode", name, list(MODES))
-    return MODES[name]
 
 
 def differentiable(factored: Factored) -> frozenset[fx.Node]:
@@ -72,13 +42,28 @@ def differentiable(factored: Factored) -> frozenset[fx.Node]:
 
 def assignments(op: Op, mesh: Mesh, mode: Mode, gradients: bool) -> list[Assignment]:
     """All assignments; `gradients` tells whether a gradient flows through the op."""
-    batch = [f for f in op.factors if f.role == "batch" and f.shardable and f.size % mesh.size == 0]
-    if mode.batch_always and batch:
-        return [(batch[0].key,) * len(mesh.shape)]
-    keys = [f.key for f in op.factors if f.shardable and f.role in mode.roles]
+    axes = mode.on(mesh.shape)
+    parts = mesh.extent(tuple(a for a, axis in enumerate(axes) if axis.batch_always))
+    batch = [f.key for f in op.factors if f.role == "batch" and f.shardable and f.size % parts == 0]
     idle = ["R", "G"] if gradients and not any(f.role == "batch" for f in op.factors) else ["R"]
-    found = itertools.product([*keys, *idle], repeat=len(mesh.shape))
-    return [a for a in found if _fits(op, a, mesh)]
+    options = [batch[:1] if axis.batch_always and batch else [*_keys_for(op, axis), *idle] for axis in axes]
+    return [found for found in itertools.product(*options) if _fits(op, found, mesh)]
+
+
+def _keys_for(op: Op, axis: AxisMode) -> list[str]:
+    """The factors of `op` that an axis may shard."""
+    keys = [f.key for f in op.factors if f.shardable and f.role in axis.roles]
+    if axis.part is None or not op.contraction:
+        return keys
+    return [key for key in keys if part_of(op, key) == axis.part]
+
+
+def part_of(op: Op, key: str) -> Part:
+    """What a factor is to a contraction: among the rows or columns of its result, or summed over."""
+    left, _ = [o for o in op.operands if not o.additive][:2]
+    if op.factor(key).summed:
+        return "inner"
+    return "rows" if key in (left.keys or ()) else "columns"
 
 
 def _fits(op: Op, assignment: Assignment, mesh: Mesh) -> bool:
@@ -125,7 +110,10 @@ def _result_state(result: OpOperand, key: str, gradient: bool) -> State:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How a parameter rests: per axis `R`, `Z`, or the flat factor it is sharded on as it is used."""
+    """How a parameter rests: per axis `R`, `Z`, `K`, or the flat factor it is sharded on as it is used.
+
+    `Z` is sharded at rest and gathered for each use, `K` gathered for the forward and kept until the backward.
+    """
 
     states: tuple[int | str, ...]
 
@@ -135,7 +123,12 @@ class Storage:
     @property
     def gathered(self) -> tuple[int, ...]:
         """The axes over which it is sharded at rest and gathered for use."""
-        return tuple(axis for axis, state in enumerate(self.states) if state == "Z")
+        return tuple(axis for axis, state in enumerate(self.states) if state in ("Z", "K"))
+
+    @property
+    def kept(self) -> bool:
+        """Whether what is gathered for the forward is kept for the backward."""
+        return "K" in self.states
 
     def resting_parts(self, mesh: Mesh) -> int:
         """Into how many parts it is cut at rest."""
@@ -144,7 +137,7 @@ class Storage:
     def spec(self, rank: int, trained: bool) -> Spec:
         """The spec of the gathered parameter of `rank` flat factors: what was gathered has its gradient summed."""
         gathered: State = "G" if trained else "R"
-        resting: dict[int | str, State] = {"Z": gathered, "R": "R"}
+        resting: dict[int | str, State] = {"Z": gathered, "K": gathered, "R": "R"}
         return from_states(tuple(s if isinstance(s, int) else resting[s] for s in self.states), rank)
 
 
@@ -171,22 +164,32 @@ def storage_dims(factored: Factored, node: fx.Node) -> tuple[tuple[int, ...], ..
 
 
 def storages(factored: Factored, node: fx.Node, users: list[tuple[Op, OpOperand]], mesh: Mesh,
-             mode: Mode) -> Iterator[Storage]:
-    """All ways the parameter `node` may rest under `mode`."""
-    dims = storage_dims(factored, node)
-    leading = {dim[0]: i for i, dim in enumerate(dims) if dim}
-    used = {i for op, operand in users for i, key in enumerate(operand.keys or ())
-            if op.factor(key).shardable and op.factor(key).role in mode.roles}
-    sharded = [i for i in sorted(used & set(leading)) if factored.flat(node)[i] not in factored.selected]
-    options: list[int | str] = [s for s in ("R", "Z") if s in mode.storage]
-    options += sharded if "S" in mode.storage else []
-    sizes = factored.refined(node)
-    for states in itertools.product(options, repeat=len(mesh.shape)):
-        found = Storage(states)
-        cut = {s for s in states if isinstance(s, int)}
-        divides = all(sizes[i] % mesh.extent(tuple(a for a, s in enumerate(states) if s == i)) == 0 for i in cut)
-        if divides and not (found.gathered and gather_dim(dims, sizes, found, mesh) is None):
-            yield found
+             mode: Mode) -> list[Storage]:
+    """All ways the parameter `node` may rest under `mode`; whole where no other way is possible."""
+    dims, sizes = storage_dims(factored, node), factored.refined(node)
+    leading = [dim[0] for dim in dims if dim and factored.flat(node)[dim[0]] not in factored.selected]
+    options = [_options(axis, [i for i in leading if _used(users, i, axis)]) for axis in mode.on(mesh.shape)]
+    found = [Storage(states) for states in itertools.product(*options)]
+    return [s for s in found if _rests(s, dims, sizes, mesh)] or [Storage(("R",) * len(mesh.shape))]
+
+
+def _options(axis: AxisMode, factors: list[int]) -> list[int | str]:
+    whole: list[int | str] = [state for state in ("R", "Z", "K") if state in axis.storage]
+    return [*whole, *(factors if "S" in axis.storage else [])]
+
+
+def _used(users: list[tuple[Op, OpOperand]], place: int, axis: AxisMode) -> bool:
+    """Whether some op may shard flat factor `place` of its parameter on such an axis."""
+    keyed = ((op, operand.keys[place]) for op, operand in users if operand.keys)
+    return any(key and op.factor(key).shardable and op.factor(key).role in axis.roles for op, key in keyed)
+
+
+def _rests(storage: Storage, dims: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], mesh: Mesh) -> bool:
+    """Whether parts are even and there is a dim left to gather; what is gathered is all kept or all not."""
+    cut = {s for s in storage.states if isinstance(s, int)}
+    even = all(sizes[i] % mesh.extent(tuple(a for a, s in enumerate(storage.states) if s == i)) == 0 for i in cut)
+    alike = not {"Z", "K"} <= set(storage.states)
+    return even and alike and not (storage.gathered and gather_dim(dims, sizes, storage, mesh) is None)
 
 
 def gather_dim(dims: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], storage: Storage, mesh: Mesh) -> int | None:

@@ -54,7 +54,7 @@ class Worker:
 class Pool:
     """`world_size` processes joined by gloo, launched at the first run and again after a failure."""
 
-    def __init__(self, world_size: int, timeout: float = 60.0) -> None:
+    def __init__(self, world_size: int, timeout: float = 150.0) -> None:
         """`timeout`: seconds that one run may take."""
         self.world_size, self.timeout = world_size, timeout
         self._workers: list[Worker] = []

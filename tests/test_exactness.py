@@ -15,8 +15,8 @@ from tests.families import FAMILIES, family
 pytestmark = pytest.mark.dist
 TOLERANCE = 1e-5
 FLOOR = 1e-3
-MODES = [("ddp", None), ("zero3", None), ("1d", None), ("auto", None)]
-ON_TWO_AXES = [("auto", (2, 2))]
+MODES = [("ddp", None), ("zero2", None), ("zero3", None), ("1d", None), ("sequence", None), ("auto", None)]
+ON_TWO_AXES = [("auto", (2, 2)), ("zero+1d", (2, 2)), ("2d", (2, 2))]
 
 
 def whole(tensor: Tensor) -> Tensor:

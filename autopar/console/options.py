@@ -15,7 +15,7 @@ from autopar.core.units import parse_bytes
 from autopar.models.catalog import DEFAULT_BATCH, MODELS, check_name
 
 # Kept equal by a test to the tables behind them, which live beside torch or PuLP.
-MODES = ("auto", "ddp", "zero3", "1d")
+MODES = ("auto", "ddp", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d")
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
 PRECISIONS = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
 SOLVERS = ("cbc", "highs")

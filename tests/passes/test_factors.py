@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from autopar.core.mesh import Mesh
 from autopar.passes.decision import Decision
 from autopar.passes.factors import Factored
-from autopar.passes.strategies import MODES, assignments, storage_dims
+from autopar.passes.modes import MODES
+from autopar.passes.strategies import assignments, storage_dims
 from tests.programs import annotated
 from tests.simulator import assert_same, everything_differentiable, reference, simulated
 

@@ -18,7 +18,8 @@ from autopar.core.sharding import Choice, Flow, price
 from autopar.core.spec import Spec
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.problem import Problem, Setting, build, check_batch
-from autopar.passes.strategies import MODES, Storage
+from autopar.passes.modes import MODES
+from autopar.passes.strategies import Storage
 from autopar.planner import price_lowered
 from tests.programs import annotated, model_context
 

@@ -23,7 +23,8 @@ from autopar.passes.decision import Context, Decision, context
 from autopar.passes.ops import Op
 from autopar.passes.rules.table import RULES
 from autopar.passes.segments import annotate
-from autopar.passes.strategies import MODES, assignments, storages
+from autopar.passes.modes import MODES
+from autopar.passes.strategies import assignments, storages
 from tests.programs import Call, prepared
 from tests.simulator import Trial, assert_same, everything_differentiable, reference, simulated
 

@@ -1,0 +1,137 @@
+"""Modes: restrictions of the space of strategies, axis by axis.
+
+    mode       mesh        an axis may
+    ddp        (d)         cut the batch; parameters rest whole
+    zero2      (d)         cut the batch; parameters and optimizer state rest sharded, kept whole from use to use
+    zero3      (d)         cut the batch; parameters rest sharded and are gathered again in the backward
+    1d         (t)         cut parameters and what is made of them
+    sequence   (t)         cut parameters and, between them, the inputs' other dims
+    zero+1d    (d, t)      zero3 on axis 0, 1d on axis 1
+    2d         (q, q)      cut rows of every matmul on axis 0 and its columns on axis 1, weights S0S1 at rest
+    2.5d       (d, q, q)   the batch on axis 0, 2d on axes 1 and 2, weights replicated over 0
+    3d         (q, q, q)   rows, columns and the summed dim of every matmul, weights over all three at rest
+    auto       any         everything
+
+Sources: Megatron-LM (1d), Korthikanti et al. 2022 (sequence), Rajbhandari et al. 2020 (ZeRO), Xu et al. 2021 (2d),
+Wang et al. 2021 (2.5d), Bian et al. 2021 (3d).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from autopar.core.errors import AutoparError, UnknownName
+from autopar.core.mesh import mesh_shapes
+
+Role = Literal["batch", "data", "model"]
+Part = Literal["rows", "columns", "inner"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisMode:
+    """What one axis may do: roles of the factors it shards, whether it must shard the batch wherever there is one.
+
+    `storage` are the ways a parameter may rest: `R` whole, `Z` gathered for each use, `K` gathered and kept, `S`
+    sharded as it is used. `part` is the only part of a contraction that the axis may shard, None for any.
+    """
+
+    roles: frozenset[Role]
+    storage: frozenset[str]
+    batch_always: bool = False
+    part: Part | None = None
+
+
+_EVERY: frozenset[Role] = frozenset(("batch", "data", "model"))
+_BATCH: frozenset[Role] = frozenset(("batch",))
+_MODEL: frozenset[Role] = frozenset(("model",))
+_FREE = AxisMode(_EVERY, frozenset("RZKS"))
+_TENSOR = AxisMode(_MODEL, frozenset("RS"))
+
+
+def _data(storage: str) -> AxisMode:
+    return AxisMode(_BATCH, frozenset(storage), batch_always=True)
+
+
+def _matmul(part: Part, storage: str = "ZS") -> AxisMode:
+    roles = frozenset({"batch", "data"}) if part == "rows" else _MODEL
+    return AxisMode(roles, frozenset(storage), batch_always=part == "rows", part=part)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """The axes of a mode, or one kind of axis for any number; which mesh shapes it takes, and that in words."""
+
+    name: str
+    axes: tuple[AxisMode, ...]
+    shapes: Callable[[int], tuple[Shape, ...]]
+    wants: str
+
+    def on(self, shape: Shape) -> tuple[AxisMode, ...]:
+        """What each axis of a mesh may do. Raises AutoparError for a mesh that the mode does not take."""
+        if self.name == "auto":
+            return self.axes * len(shape)
+        if shape not in self.shapes(math.prod(shape)):
+            raise AutoparError(f"mode {self.name} wants {self.wants}, not a mesh {'x'.join(map(str, shape))}")
+        return self.axes
+
+    def shapes_for(self, devices: int) -> tuple[Shape, ...]:
+        """The mesh shapes to try on so many devices. Raises AutoparError when there is none."""
+        found = self.shapes(devices)
+        if not found:
+            raise AutoparError(f"mode {self.name} wants {self.wants}, the cluster has {devices} devices; use another "
+                               "number of devices or another mode")
+        return found
+
+
+def _line(devices: int) -> tuple[Shape, ...]:
+    return ((devices,),)
+
+
+def _grids(devices: int) -> tuple[Shape, ...]:
+    return tuple(shape for shape in mesh_shapes(devices, 2) if len(shape) == 2)
+
+
+def _square(devices: int) -> tuple[Shape, ...]:
+    side = math.isqrt(devices)
+    return ((side, side),) if side > 1 and side * side == devices else ()
+
+
+def _deep_square(devices: int) -> tuple[Shape, ...]:
+    sides = range(2, math.isqrt(devices) + 1)
+    return tuple((devices // (q * q), q, q) for q in sides if devices % (q * q) == 0)
+
+
+def _cube(devices: int) -> tuple[Shape, ...]:
+    side = round(devices ** (1 / 3))
+    return ((side, side, side),) if side > 1 and side**3 == devices else ()
+
+
+def _up_to_two(devices: int) -> tuple[Shape, ...]:
+    return mesh_shapes(devices, 2)
+
+
+_TABLE = (
+    Mode("auto", (_FREE,), _up_to_two, "any mesh"),
+    Mode("ddp", (_data("R"),), _line, "one axis"),
+    Mode("zero2", (_data("K"),), _line, "one axis"),
+    Mode("zero3", (_data("Z"),), _line, "one axis"),
+    Mode("1d", (_TENSOR,), _line, "one axis"),
+    Mode("sequence", (AxisMode(frozenset({"data", "model"}), frozenset("RS")),), _line, "one axis"),
+    Mode("zero+1d", (_data("Z"), _TENSOR), _grids, "two axes, so a number of devices that is no prime"),
+    Mode("2d", (_matmul("rows"), _matmul("columns")), _square, "q x q devices (4, 9, 16, ...)"),
+    Mode("2.5d", (_data("R"), _matmul("rows"), _matmul("columns")), _deep_square,
+         "depth x q x q devices (4, 8, 12, ...)"),
+    Mode("3d", (_matmul("rows"), _matmul("columns"), _matmul("inner")), _cube, "q x q x q devices (8, 27, 64, ...)"),
+)
+MODES: dict[str, Mode] = {mode.name: mode for mode in _TABLE}
+
+
+def mode_called(name: str) -> Mode:
+    """The mode called `name`. Raises UnknownName for others."""
+    if name not in MODES:
+        raise UnknownName("mode", name, list(MODES))
+    return MODES[name]
