@@ -60,7 +60,8 @@ def _failed(error: Exception, given: Sequence[str]) -> int:
     if "--verbose" in given:
         traceback.print_exception(error)
     if isinstance(error, Infeasible) and "--json" in given:
-        print(json.dumps({"status": "Infeasible", "reason": str(error)}), flush=True)
+        print(json.dumps({"status": "Infeasible", "least_budget_bytes": error.least_budget_bytes,
+                          "reason": str(error)}), flush=True)
     if isinstance(error, AutoparError):
         print(f"autopar-solve: error: {_line(str(error))}", file=sys.stderr)
         return 2

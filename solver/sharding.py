@@ -135,7 +135,7 @@ def optimise(instance: Instance, solver: str = "cbc", limit_s: float | None = No
     for _ in range(MOST_EXCLUDED):
         outcome = model.solve(solver, limit_s)
         if outcome.status == "infeasible":
-            raise Infeasible(_advice(instance, solver))
+            raise _refusal(instance, solver)
         if outcome.status == "unsolved":
             raise AutoparError(f"{solver} found no solution of {model} within {limit_s} s; allow it more")
         solution = decode(reduced.instance, outcome)
@@ -151,15 +151,17 @@ def least_bytes(instance: Instance, solver: str = "cbc") -> float:
     return optimise(bytes_only(instance), solver).seconds
 
 
-def _advice(instance: Instance, solver: str) -> str:
+def _refusal(instance: Instance, solver: str) -> Infeasible:
+    """Why there is no solution. Raises Infeasible where not even a budget without end would do."""
     if math.isfinite(instance.budget):
         needed = least_bytes(instance, solver)
         assert needed > instance.budget, f"{solver} finds nothing within {instance.budget} bytes, {needed} are enough"
-        return (f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes), budget {instance.budget / GIB:.3f} GiB "
-                f"({instance.budget:.0f} bytes); raise the budget, use more devices or a smaller batch")
+        return Infeasible(f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes), budget "
+                          f"{instance.budget / GIB:.3f} GiB ({instance.budget:.0f} bytes); raise the budget, use more "
+                          "devices or a smaller batch", needed)
     missing = missing_ways(instance, optimise(ways_only(instance), solver).choices)
-    return (f"no choice fits the connections: whatever is chosen, at least {len(missing)} cannot be made, such as "
-            f"{'; '.join(missing[:3])}; allow more choices there")
+    return Infeasible(f"no choice fits the connections: whatever is chosen, at least {len(missing)} cannot be made, "
+                      f"such as {'; '.join(missing[:3])}; allow more choices there")
 
 
 def _exclude(model: Model, choices: tuple[int, ...]) -> None:

@@ -15,7 +15,14 @@ class UnknownName(AutoparError):
 
 
 class Infeasible(AutoparError):
-    """No plan satisfies the constraints; the message says which and what would do."""
+    """No plan satisfies the constraints; the message says which and what would do.
+
+    `least_budget_bytes` is the least budget of a device that has a plan, None where no budget would do.
+    """
+
+    def __init__(self, message: str, least_budget_bytes: float | None = None) -> None:
+        super().__init__(message)
+        self.least_budget_bytes = least_budget_bytes
 
 
 class CaptureError(AutoparError):
