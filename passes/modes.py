@@ -63,7 +63,7 @@ def _matmul(part: Part, storage: str = "ZS") -> AxisMode:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """The axes of a mode, or one kind of axis for any number; which mesh shapes it takes, and that in words."""
+    """The axes of a mode, or one kind of axis for any number; which mesh shapes it searches, and that in words."""
 
     name: str
     axes: tuple[AxisMode, ...]
@@ -71,8 +71,11 @@ class Mode:
     wants: str
 
     def on(self, shape: Shape) -> tuple[AxisMode, ...]:
-        """What each axis of a mesh may do. Raises AutoparError for a mesh that the mode does not take."""
-        if self.name == "auto":
+        """What each axis of a mesh may do; a mode of one axis takes several of its kind.
+
+        Raises AutoparError for a mesh that the mode does not take.
+        """
+        if len(self.axes) == 1:
             return self.axes * len(shape)
         if shape not in self.shapes(math.prod(shape)):
             raise AutoparError(f"mode {self.name} wants {self.wants}, not a mesh {'x'.join(map(str, shape))}")

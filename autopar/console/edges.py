@@ -1,7 +1,7 @@
 """The edges of a sharding problem as text: what bringing each value from spec to spec costs.
 
 Specs are written over the dims of the value, or over the factors of its dims where only those tell two of them apart;
-`(Z0)` is a parameter that rests sharded over axis 0 and is gathered there for use.
+`(Z0)` is a parameter that rests sharded over axis 0 and is gathered there for each use, `(K0)` one kept once gathered.
 """
 
 from __future__ import annotations
@@ -45,15 +45,21 @@ def _matrix(problem: Problem, segment: Segment, flow: Flow, ends: Ends) -> str:
 
 def _texts(factored: Factored, value: fx.Node, ends: Iterable[Spec | Storage]) -> list[str]:
     """What is told of each spec, over the dims of `value` unless that is the same of two."""
-    specs = [(end.spec(len(factored.flat(value)), False), end.gathered) if isinstance(end, Storage) else (end, ())
+    specs = [(end.spec(len(factored.flat(value)), False), _resting(end)) if isinstance(end, Storage) else (end, "")
              for end in ends]
-    by_dim = [_text(Spec(merged(factored, value, spec).dims, spec.partial, spec.grad_partial), gathered)
-              for spec, gathered in specs]
+    by_dim = [_text(Spec(merged(factored, value, spec).dims, spec.partial, spec.grad_partial), resting)
+              for spec, resting in specs]
     return by_dim if len(set(by_dim)) == len(by_dim) else [_text(*end) for end in specs]
 
 
-def _text(spec: Spec, gathered: tuple[int, ...]) -> str:
-    return (str(spec) + (f"(Z{''.join(map(str, gathered))})" if gathered else "")) or "scalar"
+def _text(spec: Spec, resting: str) -> str:
+    return f"{spec}{resting}" or "scalar"
+
+
+def _resting(storage: Storage) -> str:
+    """The axes over which a parameter is gathered, and whether it is kept."""
+    axes = "".join(map(str, storage.gathered))
+    return f"({'K' if storage.kept else 'Z'}{axes})" if axes else ""
 
 
 def _microseconds(seconds: float) -> str:

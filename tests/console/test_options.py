@@ -13,7 +13,7 @@ from autopar.core.errors import AutoparError
 from autopar.models.catalog import DEFAULT_BATCH, MODELS
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.costs import OPTIMIZERS
-from autopar.passes.strategies import MODES
+from autopar.passes.modes import MODES
 from autopar.solver.model import SOLVERS
 
 

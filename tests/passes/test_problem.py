@@ -17,8 +17,8 @@ from autopar.core.mesh import Mesh
 from autopar.core.sharding import Choice, Flow, price
 from autopar.core.spec import Spec
 from autopar.passes.costs import OPTIMIZERS
-from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.modes import MODES
+from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.strategies import Storage
 from autopar.planner import price_lowered
 from tests.programs import annotated, model_context
@@ -65,7 +65,7 @@ def test_nodes() -> None:
     assert {node.count for node in found.nodes} == {1}
     assert {name: set(choices(problem(), name)) for name in ("linear", "relu", "sum", "held1", "held2")} == {
         "linear": {"e0", "k", "n", "R"}, "relu": {"o0", "o1", "R"}, "sum": {"o0", "o1", "R"},
-        "held1": {"R", "Z", "0", "1"}, "held2": {"R", "Z", "0", "1"}}
+        "held1": {"R", "Z", "K", "0", "1"}, "held2": {"R", "Z", "K", "0", "1"}}
 
 
 @pytest.mark.parametrize(("choice", "flop", "read_and_written", "saved"), [
@@ -174,7 +174,7 @@ def test_equal_layers_are_decided_once_and_shared_parameters_alone() -> None:
 
 
 @pytest.mark.parametrize(("mode", "mesh", "message"), [
-    ("ddp", (3,), r"the batch of 8 does not divide over 3 devices, as this mode needs; use a batch of 9"),
+    ("ddp", (3,), r"the batch of 8 does not divide over 3 devices, as mode ddp needs; use a batch of 9"),
     ("zero3", (5,), r"use a batch of 10"),
     ("auto", (3,), None), ("1d", (3,), None), ("ddp", (2,), None),
 ])

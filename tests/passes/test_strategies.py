@@ -13,14 +13,13 @@ from torch.nn import functional as F
 from autopar.core.errors import UnknownName
 from autopar.core.mesh import Mesh
 from autopar.passes.decision import Context
+from autopar.passes.modes import MODES, mode_called
 from autopar.passes.ops import Op
 from autopar.passes.strategies import (
-    MODES,
     Storage,
     assignments,
     differentiable,
     gather_dim,
-    mode_called,
     parse_storage,
     storages,
 )
@@ -74,8 +73,8 @@ def test_what_never_meets_the_batch_may_leave_its_gradient_partial() -> None:
 
 
 def test_modes() -> None:
-    assert set(MODES) == {"auto", "ddp", "zero3", "1d"}
-    with pytest.raises(UnknownName, match=r"unknown mode '5d'; known: 1d, auto, ddp, zero3"):
+    assert set(MODES) == {"auto", "ddp", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d"}
+    with pytest.raises(UnknownName, match=r"unknown mode '5d'; known: 1d, 2\.5d, 2d, 3d, auto, ddp"):
         mode_called("5d")
 
 
@@ -124,8 +123,9 @@ def ways(context: Context, name: str, mesh: Mesh, mode: str) -> list[str]:
     (LINE, "ddp", ["R"]),
     (LINE, "zero3", ["Z"]),
     (LINE, "1d", ["R", "0"]),
-    (LINE, "auto", ["R", "Z", "0", "1"]),
-    (Mesh((4,)), "auto", ["R", "Z", "0"]),
+    (LINE, "zero2", ["K"]),
+    (LINE, "auto", ["R", "Z", "K", "0", "1"]),
+    (Mesh((4,)), "auto", ["R", "Z", "K", "0"]),
     (SQUARE, "1d", ["R,R", "R,0", "0,R", "0,0"]),
 ])
 def test_storages_of_a_linear(mesh: Mesh, mode: str, expected: list[str]) -> None:
@@ -135,9 +135,11 @@ def test_storages_of_a_linear(mesh: Mesh, mode: str, expected: list[str]) -> Non
 
 def test_storages_on_two_axes() -> None:
     found = ways(linear(4, 2, 4), "held1", SQUARE, "auto")
-    assert set(found) == {",".join(states) for states in itertools.product("RZ01", repeat=2)} - {"1,1"}
+    mixed = {"1,1", "Z,K", "K,Z"}
+    assert set(found) == {",".join(states) for states in itertools.product("RZK01", repeat=2)} - mixed
     bias = ways(linear(4, 2, 4), "held2", SQUARE, "auto")
-    assert set(bias) == {"R,R", "R,Z", "Z,R", "Z,Z", "R,0", "0,R", "0,0"}
+    gathered = {"R,Z", "Z,R", "Z,Z", "R,K", "K,R", "K,K"}
+    assert set(bias) == {"R,R", "R,0", "0,R", "0,0"} | gathered
 
 
 @pytest.mark.parametrize(("name", "sharded"), [

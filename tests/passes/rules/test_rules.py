@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from autopar.core.mesh import Mesh
 from autopar.passes.capture import COMPUTE_DTYPE, capture
 from autopar.passes.decision import Context, Decision, context
+from autopar.passes.modes import MODES
 from autopar.passes.ops import Op
 from autopar.passes.rules.table import RULES
 from autopar.passes.segments import annotate
-from autopar.passes.modes import MODES
 from autopar.passes.strategies import assignments, storages
 from tests.programs import Call, prepared
 from tests.simulator import Trial, assert_same, everything_differentiable, reference, simulated
