@@ -11,7 +11,7 @@ from typing import Any
 from autopar.core.errors import AutoparError
 from autopar.core.files import entries, entry, read_object, write_whole
 
-FORMAT = "autopar plan 1"
+FORMAT = "autopar plan 2"
 GIB = 2.0**30
 
 
@@ -36,13 +36,14 @@ class PlannedParameter:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """A predicted step: the parts add up to `step`."""
+    """A predicted step: the parts add up to `step`. `bubble` is the wait of a pipeline, 0 without one."""
 
     step: float
     compute: float
     inline: float
     exposed: float
     optimizer: float
+    bubble: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,31 @@ class Bytes:
     def total(self) -> float:
         """All kinds together."""
         return float(sum(dataclasses.astuple(self)))
+
+    @property
+    def peak(self) -> float:
+        """The most bytes at any time: all kinds are counted as held at once."""
+        return self.total
+
+    @property
+    def device(self) -> float:
+        """What a budget is compared with. Context and communication buffers are not in it: a device's default budget
+        leaves them room."""
+        return self.peak
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a step does, however it is cut: samples and tokens of the global batch, None where it has no tokens.
+
+    `flop` is counted once in the whole program: those of matmuls, convolutions and attention in the forward, half of
+    them under a causal mask, and twice as many in the backward where a gradient flows through. Recomputation and
+    pointwise work are not in it.
+    """
+
+    samples: int
+    tokens: int | None
+    flop: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +109,67 @@ class Plan:
     fallback_ops: tuple[str, ...]
     nodes: int
     edges: int
-    solve_seconds: float
+    solve_s: float
+    workload: Workload
+    peak_flops_per_s: float
+
+    @property
+    def step_time_s(self) -> float:
+        """Seconds a step."""
+        return self.seconds.step
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of computing."""
+        return self.seconds.compute
+
+    @property
+    def inline_s(self) -> float:
+        """Seconds of communication that computing waits for."""
+        return self.seconds.inline
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds of parameters' communication that computing does not hide."""
+        return self.seconds.exposed
+
+    @property
+    def communication_s(self) -> float:
+        """Seconds of all communication that is not hidden."""
+        return self.seconds.inline + self.seconds.exposed
+
+    @property
+    def optimizer_s(self) -> float:
+        """Seconds of the optimizer's step."""
+        return self.seconds.optimizer
+
+    @property
+    def bubble_s(self) -> float:
+        """Seconds that devices wait for a pipeline."""
+        return self.seconds.bubble
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples a second of the whole cluster."""
+        return self.workload.samples / self.seconds.step
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens a second of the whole cluster."""
+        return None if self.workload.tokens is None else self.workload.tokens / self.seconds.step
+
+    @property
+    def mfu(self) -> float:
+        """The workload's FLOP a second as a fraction of `peak_flops_per_s`, all devices' peak in the compute dtype."""
+        return self.workload.flop / self.seconds.step / self.peak_flops_per_s
+
+    @property
+    def memory_bytes(self) -> dict[str, float]:
+        """Bytes of one device by kind, their peak, and what the budget is compared with."""
+        return {**dataclasses.asdict(self.memory), "peak": self.memory.peak, "device": self.memory.device}
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain lists and numbers; the keys are the attributes."""
+        """The plan as plain lists and numbers; the keys are the fields."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return {"format": FORMAT, **plain}
 
@@ -95,7 +178,7 @@ class Plan:
         """The inverse of `to_json`. Raises AutoparError naming what is missing or of the wrong kind."""
         if entry(data, "format", str) != FORMAT:
             raise AutoparError(f"'format' is {data['format']!r}, needed is {FORMAT!r}: make the plan again")
-        kinds = {"gap": float, "solve_seconds": float, "nodes": int, "edges": int}
+        kinds = {"gap": float, "solve_s": float, "nodes": int, "edges": int, "peak_flops_per_s": float}
         names = ("model", "program_key", "cluster", "cluster_key", "mode", "precision", "optimizer", "status",
                  "attention", *kinds)
         plain: dict[str, Any] = {name: entry(data, name, kinds.get(name, str)) for name in names}
@@ -104,8 +187,8 @@ class Plan:
         parameters = tuple(PlannedParameter(*(entry(p, name, str) for name in ("name", "storage", "spec")))
                            for p in entries(data, "parameters", dict))
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=_numbers(Seconds, data, "seconds"),
-                   memory=_numbers(Bytes, data, "memory"), ops=ops, parameters=parameters,
-                   fallback_ops=entries(data, "fallback_ops", str))
+                   memory=_numbers(Bytes, data, "memory"), workload=_workload(entry(data, "workload", dict)), ops=ops,
+                   parameters=parameters, fallback_ops=entries(data, "fallback_ops", str))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -144,3 +227,8 @@ class Plan:
 def _numbers(kind: type[Any], data: dict[str, Any], name: str) -> Any:
     table = entry(data, name, dict)
     return kind(**{f.name: entry(table, f.name, float) for f in dataclasses.fields(kind)})
+
+
+def _workload(table: dict[str, Any]) -> Workload:
+    tokens = None if "tokens" in table and table["tokens"] is None else entry(table, "tokens", int)
+    return Workload(entry(table, "samples", int), tokens, entry(table, "flop", float))

@@ -28,6 +28,7 @@ from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds
 from autopar.solver.sharding import optimise
+from autopar.workload import peak_flops_per_s, workload_of
 
 RESERVE = 0.08
 """The share of a device's memory that is left to the context, communication buffers and fragmentation."""
@@ -125,7 +126,8 @@ def _plan(solution: Solution, problem: Problem, request: Request, spent: float) 
         Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed, priced.optimizer),
         Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient),
         planned_ops(decision), planned_parameters(decision), ", ".join(notes), fallback_ops(ctx),
-        len(problem.instance.nodes), edge_count(problem.instance), spent)
+        len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
+        peak_flops_per_s(setting.cluster, program.precision))
 
 
 def edge_count(instance: Instance) -> int:
@@ -225,7 +227,8 @@ def verify(plan: Plan, ctx: Context, cluster: Cluster) -> tuple[float, float]:
                            "the model, its input shapes or its precision differ: plan again")
     setting = Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh)
     priced, memory = price_lowered(decision_of(plan, ctx), setting)
-    claims = (("seconds", plan.seconds.step, priced.seconds), ("bytes", plan.memory.total, memory.total))
+    claims = (("seconds", plan.seconds.step, priced.seconds), ("bytes", plan.memory.total, memory.total),
+              ("FLOP", plan.workload.flop, workload_of(ctx).flop))
     for what, claimed, found in claims:
         if abs(claimed - found) > AGREEMENT * abs(found):
             raise AutoparError(f"the plan claims {claimed:.9g} {what}, its lowered program comes to {found:.9g}; it "

@@ -46,7 +46,7 @@ class Display:
         world, mesh = dist.get_world_size(), "x".join(map(str, plan.mesh))
         self.say(f"model  {plan.model}, {count / 1e6:.2f} million parameters, on {world} rank{'s' * (world > 1)}")
         self.say(f"plan   mode {plan.mode}, mesh {mesh} of {plan.cluster}, {plan.precision}, solved in "
-                 f"{plan.solve_seconds:.1f} s; predicted {1e3 * plan.seconds.step:.0f} ms a step, "
+                 f"{plan.solve_s:.1f} s; predicted {1e3 * plan.seconds.step:.0f} ms a step, "
                  f"{plan.memory.total / 2**20:.0f} MiB a rank")
         shown = [op for op in plan.ops if " X " in op.strategy]
         width = max(len(op.name) for op in shown[:OPS_SHOWN])

@@ -20,7 +20,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
 from autopar.passes.capture import capture, keep_loss
-from autopar.plan import Plan
+from autopar.plan import FORMAT, Plan
 from autopar.planner import Request, decision_of, prepare, shapes_for, solve, verify
 from tests.programs import annotated, model_context, raw
 
@@ -228,7 +228,7 @@ def test_a_plan_for_another_cluster_is_refused() -> None:
     (lambda text: "", "is not JSON"),
     (lambda text: "[1]", "holds a list"),
     (lambda text: text.replace('"gap"', '"gape"'), "'gap' is missing"),
-    (lambda text: text.replace("autopar plan 1", "autopar plan 0"), "'format' is 'autopar plan 0'"),
+    (lambda text: text.replace(FORMAT, "autopar plan 0"), "'format' is 'autopar plan 0'"),
     (lambda text: text.replace('"nodes":', '"nodes": "many", "was":'), "'nodes' is 'many'"),
 ])
 def test_a_damaged_file_is_refused(damage: Callable[[str], str], message: str, tmp_path: Path) -> None:

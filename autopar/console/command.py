@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from autopar.comparison import compare
 from autopar.console.options import Options
 from autopar.console.progress import Progress, hushed
 from autopar.console.report import as_json, as_text, as_verbose_text
@@ -36,12 +37,16 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     progress.doing("working out how each operation can be cut")
     context = prepare(program)
     progress.doing(f"solving for {cluster}")
-    plan, problem = solve(context, cluster, request, progress.found)
+    compared = compare(context, cluster, request, progress.found) if options.json or options.modes else None
+    plan, problem = (compared.plan, compared.problem) if compared else solve(context, cluster, request, progress.found)
     if options.out is not None:
         plan.save(options.out)
     if options.json:
-        return as_json(plan, time.perf_counter() - start)
+        assert compared is not None
+        return as_json(compared, time.perf_counter() - start)
     text = as_verbose_text(plan, problem) if options.verbose else as_text(plan)
+    if compared:
+        text += f"\n\nstep by mode:\n{compared}"
     if options.cluster is None:
         text += f"\ncluster: {cluster.name} is what this machine has; --cluster names another"
     return text

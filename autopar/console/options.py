@@ -46,6 +46,7 @@ class Options:
     out: Path | None
     json: bool
     verbose: bool
+    modes: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,7 +111,9 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--out", type=_writable, metavar="PLAN.JSON",
                        help="also write the plan to this file (default: not written)")
-    group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    group.add_argument("--json", action="store_true",
+                       help="print one JSON object instead of text, with the step of every mode")
+    group.add_argument("--modes", action="store_true", help="also solve every other mode and print its step")
     group.add_argument("--verbose", action="store_true",
                        help="print the cost of every edge first, tell what is being done, and show tracebacks")
 

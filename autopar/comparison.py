@@ -1,0 +1,63 @@
+"""Every mode on one cluster beside the plan that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from autopar.core.cluster import Cluster
+from autopar.core.errors import AutoparError
+from autopar.passes.decision import Context
+from autopar.passes.modes import MODES
+from autopar.passes.problem import Problem
+from autopar.plan import Plan
+from autopar.planner import Report, Request, solve
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """The plan asked for, and seconds a step by mode; None for modes without a plan, and in `reasons` why."""
+
+    plan: Plan
+    problem: Problem
+    seconds: dict[str, float | None]
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.seconds))
+        return "\n".join(f"{mode:<{width}}  " + (self.reasons[mode] if seconds is None else f"{1e3 * seconds:.3f} ms")
+                         for mode, seconds in self.seconds.items())
+
+
+def compare(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> Comparison:
+    """Solve what is asked for, and where that is auto every other mode too. Raises AutoparError as `solve` does.
+
+    Auto is solved again on the mesh of a mode that is faster, as one of more axes than auto searches may be: its space
+    holds theirs, so that it never is the slower.
+    """
+    plan, problem = solve(ctx, cluster, request, report)
+    if request.mode != "auto":
+        others = {mode: f"not solved, as mode {request.mode} was asked for" for mode in MODES if mode != request.mode}
+        return Comparison(plan, problem, {mode: None if mode in others else plan.step_time_s for mode in MODES}, others)
+    rivals, reasons = _rivals(ctx, cluster, request, report)
+    fastest = min(rivals.values(), key=lambda rival: rival.step_time_s, default=plan)
+    if fastest.step_time_s < plan.step_time_s and fastest.mesh != plan.mesh:
+        report(f"mode {fastest.mode} is faster on mesh {'x'.join(map(str, fastest.mesh))}; auto there:")
+        plan, problem = solve(ctx, cluster, replace(request, mesh=fastest.mesh), report)
+    found = {"auto": plan, **rivals}
+    return Comparison(plan, problem, {mode: found[mode].step_time_s if mode in found else None for mode in MODES},
+                      reasons)
+
+
+def _rivals(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[dict[str, Plan], dict[str, str]]:
+    """The plans of all modes but auto, and why others have none."""
+    plans: dict[str, Plan] = {}
+    reasons: dict[str, str] = {}
+    for mode in MODES:
+        if mode == "auto":
+            continue
+        report(f"mode {mode}, to compare:")
+        try:
+            plans[mode] = solve(ctx, cluster, replace(request, mode=mode), report)[0]
+        except AutoparError as refusal:
+            reasons[mode] = str(refusal)
+    return plans, reasons
