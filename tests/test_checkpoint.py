@@ -255,6 +255,28 @@ def test_no_checkpoint_at_all(pool: Pools, tmp_path: Path) -> None:
     assert "no whole checkpoint (found: none at all)" in pool(2).run(try_load, str(tmp_path), Job("mlp", ()))[0]
 
 
+def compiled_at_first_call(rank: int, world_size: int, folder: str) -> None:
+    """A model that is traced at its first call, with an optimizer made before."""
+    def build() -> tuple[Case, nn.Module, Optimizer]:
+        case = CASES["mlp"]()
+        model = autopar.compile(case.model, "cpu:2", loss_fn=case.loss_fn, mode="zero3", precision="fp32")
+        return case, model, AdamW(model.parameters(), lr=3e-3)
+    case, model, optimizer = build()
+    with pytest.raises(AutoparError, match="call the model once"):
+        save(folder, model, optimizer)
+    losses = train(case, model, optimizer, 2)
+    save(folder, model, optimizer, losses=losses)
+    expected = train(case, model, optimizer, 2)
+    case, model, optimizer = build()
+    train(case, model, optimizer, 1)
+    assert load(folder, model, optimizer) == {"losses": losses}
+    assert train(case, model, optimizer, 2) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_compiled_at_the_first_call(pool: Pools, tmp_path: Path) -> None:
+    pool(2).run(compiled_at_first_call, str(tmp_path))
+
+
 def failing_saves(rank: int, world_size: int, folder: str) -> list[str]:
     """What is said on saves that can't be."""
     _, model, optimizer = Job("mlp", ()).build(Way("zero3", 2), 1)
