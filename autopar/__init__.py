@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autopar.checkpoint import save as save_checkpoint
     from autopar.core.cluster import Cluster
     from autopar.core.errors import AutoparError
+    from autopar.explanation import explain
     from autopar.launch import init
     from autopar.passes.capture import capture
     from autopar.plan import Plan
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "AutoparError": "core.errors", "Cluster": "core.cluster", "Plan": "plan", "capture": "passes.capture",
-    "compile": "api", "init": "launch", "load_checkpoint": "checkpoint:load", "plan": "api",
+    "compile": "api", "explain": "explanation", "init": "launch", "load_checkpoint": "checkpoint:load", "plan": "api",
     "save_checkpoint": "checkpoint:save", "verify": "planner",
 }
-__all__ = ["AutoparError", "Cluster", "Plan", "capture", "compile", "init", "load_checkpoint", "plan",
+__all__ = ["AutoparError", "Cluster", "Plan", "capture", "compile", "explain", "init", "load_checkpoint", "plan",
            "save_checkpoint", "verify"]
 
 

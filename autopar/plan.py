@@ -10,6 +10,7 @@ from typing import Any
 
 from autopar.core.errors import AutoparError
 from autopar.core.files import entries, entry, read_object, write_whole
+from autopar.difference import Difference, changes
 
 FORMAT = "autopar plan 2"
 GIB = 2.0**30
@@ -198,6 +199,22 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan. Raises AutoparError when the file is no whole plan."""
         return cls.from_json(read_object(path))
+
+    def diff(self, other: Plan) -> Difference:
+        """Where `other` decides otherwise, and what either comes to."""
+        def words(plan: Plan) -> dict[str, tuple[str, ...]]:
+            told = {name: getattr(plan, name) for name in ("model", "cluster", "mode", "precision", "optimizer")}
+            return {"mesh": ("x".join(map(str, plan.mesh)),), **{name: (text,) for name, text in told.items()}}
+
+        def ops(plan: Plan) -> dict[str, tuple[str, ...]]:
+            return {op.name: (op.strategy, ",".join(op.assignment)) for op in plan.ops}
+
+        def parameters(plan: Plan) -> dict[str, tuple[str, ...]]:
+            return {p.name: (p.spec, p.storage) for p in plan.parameters}
+
+        said, cut, rest = (changes(of(self), of(other)) for of in (words, ops, parameters))
+        return Difference(said, cut, rest, (self.seconds.step, other.seconds.step),
+                          (self.memory.total, other.memory.total))
 
     def __str__(self) -> str:
         width = max((len(op.name) for op in self.ops), default=0)

@@ -33,6 +33,8 @@ from autopar.workload import peak_flops_per_s, workload_of
 RESERVE = 0.08
 """The share of a device's memory that is left to the context, communication buffers and fragmentation."""
 AGREEMENT = 1e-6
+SOLVE_LIMIT_S = 30.0
+"""Seconds for one mesh shape; what is found by then is taken, with its proven gap."""
 Report = Callable[[str], None]
 
 
@@ -86,7 +88,7 @@ def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lam
         check_batch(ctx, setting)
         problem = build(ctx, setting)
         try:
-            solution = optimise(problem.instance, request.solver)
+            solution = optimise(problem.instance, request.solver, SOLVE_LIMIT_S)
         except Infeasible as refusal:
             refusals.append((setting.mesh, refusal))
             continue
@@ -214,18 +216,28 @@ def _same(what: str, mine: Iterable[str], planned: Iterable[str]) -> None:
                            f"the model lacks: {extra[:3] or 'none'}; plan this model again")
 
 
-def verify(plan: Plan, ctx: Context, cluster: Cluster) -> tuple[float, float]:
-    """(seconds, bytes) of the plan, recomputed from its lowered program without the solver.
-
-    Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
-    """
+def check_origin(plan: Plan, ctx: Context, cluster: Cluster) -> None:
+    """Raises AutoparError when the plan is for another model or cluster."""
     if plan.cluster_key != cluster.key():
         raise AutoparError(f"the plan is for cluster {plan.cluster} ({plan.cluster_key}), this is {cluster.name} "
                            f"({cluster.key()}); plan again for this one")
     if plan.program_key != program_key(ctx):
         raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {program_key(ctx)}; "
                            "the model, its input shapes or its precision differ: plan again")
-    setting = Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh)
+
+
+def setting_of(plan: Plan, cluster: Cluster) -> Setting:
+    """The setting a plan was made for, with the budget that a device has by default."""
+    return Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh)
+
+
+def verify(plan: Plan, ctx: Context, cluster: Cluster) -> tuple[float, float]:
+    """(seconds, bytes) of the plan, recomputed from its lowered program without the solver.
+
+    Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
+    """
+    check_origin(plan, ctx, cluster)
+    setting = setting_of(plan, cluster)
     priced, memory = price_lowered(decision_of(plan, ctx), setting)
     claims = (("seconds", plan.seconds.step, priced.seconds), ("bytes", plan.memory.total, memory.total),
               ("FLOP", plan.workload.flop, workload_of(ctx).flop))

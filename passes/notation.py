@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 from torch import fx
 
+from autopar.core.errors import AutoparError
 from autopar.core.spec import Spec
-from autopar.passes.decision import Decision
+from autopar.passes.decision import Context, Decision
 from autopar.passes.factors import Factored
 from autopar.passes.layout import from_base
 from autopar.passes.ops import Op, OpOperand
-from autopar.passes.strategies import gather_dim, storage_dims
+from autopar.passes.strategies import Assignment, gather_dim, storage_dims
 
 
 def merged(factored: Factored, node: fx.Node, spec: Spec) -> Spec:
@@ -21,13 +23,27 @@ def merged(factored: Factored, node: fx.Node, spec: Spec) -> Spec:
     return Spec(dims, spec.partial)
 
 
+def op_called(context: Context, name: str) -> int:
+    """The number of the op called `name`. Raises AutoparError with names like it when there is none."""
+    names = [op.name for op in context.segmented.ops]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 3, 0.5) or names[:3]
+        raise AutoparError(f"no op is called {name!r}; near it are {', '.join(near)}; a plan prints all {len(names)}")
+    return names.index(name)
+
+
 def op_text(decision: Decision, index: int) -> str:
+    """What a decision makes of op `index`, as `strategy_text`."""
+    return strategy_text(decision.context, decision.context.segmented.ops[index], decision.assignments[index])
+
+
+def strategy_text(context: Context, op: Op, assignment: Assignment) -> str:
     """`output = input X weight` with (batch, channel) and (in, out) for matmul-like ops, specs by dim for others."""
-    op = decision.context.segmented.ops[index]
     if op.contraction and len(op.results) == 1:
-        return _contraction_text(decision, op, index)
-    made = [_text(merged(decision.context.segmented.factored, r.node, decision.sources[r.node])) for r in op.results]
-    read = [_text(_operand_spec(decision, op, o, index)) for o in op.operands if o.node in decision.context.gradients]
+        return _contraction_text(op, assignment)
+    factored = context.segmented.factored
+    made = [_text(merged(factored, r.node, context.emitted(op, r, assignment))) for r in op.results]
+    read = [_text(_operand_spec(context, op, o, assignment)) for o in op.operands if o.node in context.gradients]
     return f"{', '.join(made)} = {', '.join(read)}" if read else ", ".join(made)
 
 
@@ -36,15 +52,14 @@ def _text(spec: Spec) -> str:
     return str(spec) if spec.dims else f"R{spec}"
 
 
-def _operand_spec(decision: Decision, op: Op, operand: OpOperand, index: int) -> Spec:
-    factored = decision.context.segmented.factored
-    wanted = decision.context.wanted(op, operand, decision.assignments[index])
+def _operand_spec(context: Context, op: Op, operand: OpOperand, assignment: Assignment) -> Spec:
+    factored = context.segmented.factored
+    wanted = context.wanted(op, operand, assignment)
     _, place = factored.base(operand.node)
     return merged(factored, operand.node, from_base(wanted, place))
 
 
-def _contraction_text(decision: Decision, op: Op, index: int) -> str:
-    assignment = decision.assignments[index]
+def _contraction_text(op: Op, assignment: Assignment) -> str:
     left, right = [o for o in op.operands if not o.additive][:2]
     result = op.results[0]
     columns = [k for k in result.keys or () if k in (right.keys or ()) and k not in (left.keys or ())]

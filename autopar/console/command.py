@@ -13,9 +13,11 @@ from autopar.console.options import Options
 from autopar.console.progress import Progress, hushed
 from autopar.console.report import as_json, as_text, as_verbose_text
 from autopar.core.cluster import Cluster
+from autopar.explanation import explain
 from autopar.launch import local_cluster
 from autopar.models.registry import build
 from autopar.passes.capture import Precision, capture
+from autopar.passes.notation import op_called
 from autopar.planner import Request, prepare, shapes_for, solve
 
 MOST_PROCESSES = 8
@@ -36,17 +38,22 @@ def answer(options: Options, progress: Progress, start: float) -> str:
         program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
     progress.doing("working out how each operation can be cut")
     context = prepare(program)
+    if options.explain is not None:
+        op_called(context, options.explain)  # refuses an unknown one before anything is solved
     progress.doing(f"solving for {cluster}")
     compared = compare(context, cluster, request, progress.found) if options.json or options.modes else None
     plan, problem = (compared.plan, compared.problem) if compared else solve(context, cluster, request, progress.found)
     if options.out is not None:
         plan.save(options.out)
+    explained = explain(plan, context, cluster, options.explain) if options.explain is not None else None
     if options.json:
         assert compared is not None
-        return as_json(compared, time.perf_counter() - start)
+        return as_json(compared, time.perf_counter() - start, explained)
     text = as_verbose_text(plan, problem) if options.verbose else as_text(plan)
     if compared:
         text += f"\n\nstep by mode:\n{compared}"
+    if explained:
+        text += f"\n\n{explained}"
     if options.cluster is None:
         text += f"\ncluster: {cluster.name} is what this machine has; --cluster names another"
     return text

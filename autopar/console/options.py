@@ -47,6 +47,7 @@ class Options:
     json: bool
     verbose: bool
     modes: bool = False
+    explain: str | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,6 +115,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true",
                        help="print one JSON object instead of text, with the step of every mode")
     group.add_argument("--modes", action="store_true", help="also solve every other mode and print its step")
+    group.add_argument("--explain", metavar="OP",
+                       help="also print what the step would take with this op, by its name in the plan, cut otherwise")
     group.add_argument("--verbose", action="store_true",
                        help="print the cost of every edge first, tell what is being done, and show tracebacks")
 

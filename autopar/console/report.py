@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
 
 from autopar.comparison import Comparison
 from autopar.console.edges import edge_costs
+from autopar.explanation import Explanation
 from autopar.passes.problem import Problem
 from autopar.plan import Plan
 
@@ -27,11 +30,19 @@ def as_verbose_text(plan: Plan, problem: Problem) -> str:
     return f"{edge_costs(problem)}\n\n{as_text(plan)}"
 
 
-def as_json(compared: Comparison, total_s: float) -> str:
+def as_json(compared: Comparison, total_s: float, explanation: Explanation | None = None) -> str:
     """One object: seconds and bytes as numbers, every op by name. `total_s`: seconds since the command started."""
     plan = compared.plan
     return json.dumps({
         **{name: getattr(plan, name) for name in FIELDS},
         "ops": [{"name": op.name, "strategy": op.strategy, "segment": op.segment} for op in plan.ops if op.strategy],
         "modes": compared.seconds, "modes_reason": compared.reasons, "total_s": total_s,
+        **({"explanation": explanation_fields(explanation)} if explanation else {}),
     })
+
+
+def explanation_fields(explanation: Explanation) -> dict[str, Any]:
+    """An explanation as plain lists and numbers; seconds are null where a value has no way."""
+    alternatives = [{"assignment": a.assignment, "strategy": a.strategy, "planned": a.planned, "memory_bytes": a.nbytes,
+                     "step_time_s": a.seconds if math.isfinite(a.seconds) else None} for a in explanation.alternatives]
+    return {"op": explanation.op, "times": explanation.times, "alternatives": alternatives}
