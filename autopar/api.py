@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,15 @@ class Order:
 
 def plan(model: nn.Module, cluster: Cluster | str, *, inputs: Inputs, loss_fn: LossFn | None = None, mode: str = "auto",
          mesh: str | tuple[int, ...] | None = None, memory_budget: float | None = None, optimizer: str = "adamw",
-         precision: Precision = "bf16-mixed", solver: str = "cbc") -> Plan:
+         precision: Precision = "bf16-mixed", solver: str = "cbc", pins: Mapping[str, str] | None = None) -> Plan:
     """The best plan for training `model` on `cluster`, without running anything.
 
     `inputs` are a tuple of positional or a dict of keyword arguments with the global batch's shapes; `memory_budget` is
-    in bytes a device. Raises AutoparError.
+    in bytes a device. `pins` fix ops to strategies, both as plans print them: `{"h_0_attn_c_attn": "S0R = S0R X RR"}`.
+    Raises AutoparError.
     """
-    request = Request(type(model).__name__, mode, _shape(mesh), optimizer, memory_budget, solver)
+    request = Request(type(model).__name__, mode, _shape(mesh), optimizer, memory_budget, solver,
+                      tuple((pins or {}).items()))
     ctx = prepare(capture(model, arguments(inputs), precision, loss_fn))
     return solve(ctx, _cluster(cluster), request)[0]
 
@@ -62,16 +64,21 @@ def plan(model: nn.Module, cluster: Cluster | str, *, inputs: Inputs, loss_fn: L
 def compile(model: nn.Module, cluster: Cluster | str | None = None, *, inputs: Inputs = None,
             batch: BatchKind | None = None, loss_fn: LossFn | None = None, mode: str = "auto",
             mesh: str | tuple[int, ...] | None = None, plan: Plan | None = None, memory_budget: float | None = None,
-            optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc") -> nn.Module:
+            optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
+            pins: Mapping[str, str] | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
     call is traced. `batch="global"` means that every rank passes the whole batch, `"local"` each its own part; when
     omitted, shapes tell. `loss_fn(output, target)` makes a loss of a model that returns none: its target is the last
-    positional argument of a call. A `plan` skips solving. Raises AutoparError on every rank alike.
+    positional argument of a call. A `plan` skips solving; `pins` are as in `plan`. Raises AutoparError on every rank
+    alike.
     """
+    if plan is not None and pins:
+        raise AutoparError("a plan is given, which decides all, and pins, which are for making one; give one of them")
     launch.init()
-    request = Request(type(model).__name__, mode, _shape(mesh), optimizer, memory_budget, solver)
+    request = Request(type(model).__name__, mode, _shape(mesh), optimizer, memory_budget, solver,
+                      tuple((pins or {}).items()))
     order = Order(_cluster(cluster), request, precision, loss_fn, plan, batch)
     if order.cluster.size != dist.get_world_size():
         raise AutoparError(f"cluster {order.cluster.name} has {order.cluster.size} devices, {dist.get_world_size()} "
@@ -107,13 +114,17 @@ def _compiled(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], or
     mesh = Mesh(made.mesh)
     site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device())
     programs.settle(training, decision_of(made, ctx), site.communicator)
-    every = {name for name, _ in [*model.named_parameters(remove_duplicate=False),
-                                  *model.named_buffers(remove_duplicate=False)]}
-    once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-    batches = Batches(programs.executable, order.batch, dist.get_world_size(), every - once)
+    batches = Batches(programs.executable, order.batch, dist.get_world_size(), tied_names(model))
     module = ParallelModule(model, programs.decision(training), site, batches)
     module.plan = made
     return module
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """The further names of tensors that have several, with the first of each."""
+    first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first[id(tensor)] for name, tensor in every if first[id(tensor)] != name}
 
 
 class Programs:

@@ -10,7 +10,7 @@ from autopar.passes.decision import Context
 from autopar.passes.modes import MODES
 from autopar.passes.problem import Problem
 from autopar.plan import Plan
-from autopar.planner import Report, Request, solve
+from autopar.planner import Report, Request, solve, status_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,8 +31,8 @@ class Comparison:
 def compare(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> Comparison:
     """Solve what is asked for, and where that is auto every other mode too. Raises AutoparError as `solve` does.
 
-    Auto is solved again on the mesh of a mode that is faster, as one of more axes than auto searches may be: its space
-    holds theirs, so that it never is the slower.
+    Auto's space holds every mode's, so it never is the slower: on the mesh of a faster one, which may have more axes
+    than auto searches, it is solved again, and where the time allowed ends before that is as good, it takes its plan.
     """
     plan, problem = solve(ctx, cluster, request, report)
     if request.mode != "auto":
@@ -43,6 +43,8 @@ def compare(ctx: Context, cluster: Cluster, request: Request, report: Report = l
     if fastest.step_time_s < plan.step_time_s and fastest.mesh != plan.mesh:
         report(f"mode {fastest.mode} is faster on mesh {'x'.join(map(str, fastest.mesh))}; auto there:")
         plan, problem = solve(ctx, cluster, replace(request, mesh=fastest.mesh), report)
+    if fastest.step_time_s < plan.step_time_s:
+        plan = _taken(fastest, plan)
     found = {"auto": plan, **rivals}
     return Comparison(plan, problem, {mode: found[mode].step_time_s if mode in found else None for mode in MODES},
                       reasons)
@@ -61,3 +63,10 @@ def _rivals(ctx: Context, cluster: Cluster, request: Request, report: Report) ->
         except AutoparError as refusal:
             reasons[mode] = str(refusal)
     return plans, reasons
+
+
+def _taken(plan: Plan, slower: Plan) -> Plan:
+    """A mode's plan as auto's, in place of a slower one that has proven a bound on the same mesh."""
+    bound = (1.0 - slower.gap) * slower.step_time_s
+    gap = max(0.0, 1.0 - bound / plan.step_time_s)
+    return replace(plan, mode=slower.mode, gap=gap, status=status_of(gap))

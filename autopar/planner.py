@@ -20,9 +20,11 @@ from autopar.passes.capture import Program, keep_loss
 from autopar.passes.constants import FoldConstants
 from autopar.passes.costs import Optimizer, optimizer_called
 from autopar.passes.decision import Context, Decision, context
+from autopar.passes.functional import is_update
 from autopar.passes.modes import Mode, mode_called
 from autopar.passes.normalize import Normalize
 from autopar.passes.notation import op_text, parameter_text
+from autopar.passes.pins import PinRefused, Pins, allowed
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
@@ -40,7 +42,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for. `mesh` None searches shapes; `memory_budget` in bytes, None: the device less a reserve."""
+    """What is asked for. `mesh` None searches shapes; `memory_budget` in bytes, None: the device less a reserve.
+
+    `pins` fix ops to strategies, as texts of a plan.
+    """
 
     model: str
     mode: str = "auto"
@@ -48,6 +53,7 @@ class Request:
     optimizer: str = "adamw"
     memory_budget: float | None = None
     solver: str = "cbc"
+    pins: Pins = ()
 
     def setting(self, cluster: Cluster, shape: tuple[int, ...], pinned: dict[str, Storage] | None = None) -> Setting:
         """The setting on one mesh shape. Raises AutoparError for unknown words or a mesh of another size."""
@@ -79,17 +85,21 @@ def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...
 
 
 def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> tuple[Plan, Problem]:
-    """The best plan over mesh shapes, with the problem it solves. Raises Infeasible when no shape has one."""
+    """The best plan over mesh shapes, with the problem it solves.
+
+    Raises Infeasible when no shape has one, AutoparError when that is for the pins alone.
+    """
     best: tuple[Solution, Problem] | None = None
-    refusals: list[tuple[Mesh, Infeasible]] = []
+    refusals: list[tuple[Mesh, AutoparError]] = []
     spent = 0.0
     for shape in shapes_for(request, cluster):
         setting = request.setting(cluster, shape)
         check_batch(ctx, setting)
-        problem = build(ctx, setting)
         try:
+            setting = replace(setting, allowed=allowed(ctx, setting.mesh, setting.mode, request.pins))
+            problem = build(ctx, setting)
             solution = optimise(problem.instance, request.solver, SOLVE_LIMIT_S)
-        except Infeasible as refusal:
+        except (Infeasible, PinRefused) as refusal:
             refusals.append((setting.mesh, refusal))
             continue
         spent += solution.solve_seconds
@@ -97,9 +107,19 @@ def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lam
         if best is None or _better(solution, problem, *best):
             best = solution, problem
     if best is None:
-        least = [r.least_budget_bytes for _, r in refusals if r.least_budget_bytes is not None]
-        raise Infeasible("; ".join(f"mesh {mesh}: {refusal}" for mesh, refusal in refusals), min(least, default=None))
+        raise _refusal(refusals, request.pins)
     return _plan(*best, request, spent), best[1]
+
+
+def _refusal(refusals: list[tuple[Mesh, AutoparError]], pins: Pins) -> AutoparError:
+    """Why no mesh shape has a plan, in one."""
+    text = "; ".join(f"mesh {mesh}: {refusal}" for mesh, refusal in refusals)
+    infeasible = [refusal for _, refusal in refusals if isinstance(refusal, Infeasible)]
+    if not infeasible:
+        return AutoparError(text)
+    pinned = f"with {', '.join(f'{name} pinned to {strategy}' for name, strategy in pins)}: " if pins else ""
+    least = [refusal.least_budget_bytes for refusal in infeasible if refusal.least_budget_bytes is not None]
+    return Infeasible(pinned + text, min(least, default=None))
 
 
 def _better(solution: Solution, problem: Problem, other: Solution, best: Problem) -> bool:
@@ -124,12 +144,17 @@ def _plan(solution: Solution, problem: Problem, request: Request, spent: float) 
     notes = [n.removeprefix("attention: ") for n in program.notes if n.startswith("attention: ")]
     return Plan(
         request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
-        program.precision, request.optimizer, "Optimal" if solution.gap < 1e-6 else "Feasible", solution.gap,
+        program.precision, request.optimizer, status_of(solution.gap), solution.gap,
         Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed, priced.optimizer),
         Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient),
         planned_ops(decision), planned_parameters(decision), ", ".join(notes), fallback_ops(ctx),
         len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision))
+
+
+def status_of(gap: float) -> str:
+    """What a plan with that gap is."""
+    return "Optimal" if gap < AGREEMENT else "Feasible"
 
 
 def edge_count(instance: Instance) -> int:
@@ -154,7 +179,8 @@ def planned_parameters(decision: Decision) -> tuple[PlannedParameter, ...]:
 
 def fallback_ops(ctx: Context) -> tuple[str, ...]:
     """The ops that run replicated because no rule says how to shard them."""
-    trivial = (op for op in ctx.segmented.ops if not op.has_rule)
+    program = ctx.segmented.factored.program
+    trivial = (op for op in ctx.segmented.ops if not op.has_rule and not is_update(op.main, program))
     return tuple(f"{op.name} ({str(op.main.target).removeprefix('aten.')})" for op in trivial)
 
 

@@ -32,7 +32,8 @@ Key = tuple[object, ...]
 class Setting:
     """Where and how a program is to run: mesh, cluster, optimizer, mode, bytes a device may hold.
 
-    `pinned` fixes how parameters rest, by placeholder name, as an evaluation program must.
+    `pinned` fixes how parameters rest, by placeholder name, as an evaluation program must; `allowed` are the only
+    assignments of some ops, by name.
     """
 
     mesh: Mesh
@@ -41,6 +42,7 @@ class Setting:
     optimizer: Optimizer
     budget: float = float("inf")
     pinned: dict[str, Storage] = field(default_factory=dict)
+    allowed: dict[str, tuple[Assignment, ...]] = field(default_factory=dict)
 
     @cached_property
     def price(self) -> Price:
@@ -185,7 +187,8 @@ class _Builder:
 
     def _add_op(self, key: Key, op: Op, segment: ProgramSegment) -> None:
         through = any(r.node in self.context.gradients for r in op.results)
-        options = tuple(assignments(op, self.setting.mesh, self.setting.mode, through))
+        options = self.setting.allowed.get(op.name) or tuple(
+            assignments(op, self.setting.mesh, self.setting.mode, through))
         choices = [self._op_choice(op, a, through) for a in options]
         self.assigned[self._add_node(key, op.name, choices, self.counts[segment.class_id])] = options
 
@@ -314,8 +317,8 @@ class _Builder:
 def check_batch(context: Context, setting: Setting) -> None:
     """Raises AutoparError when the mode shards the batch and the batch does not divide."""
     program = context.segmented.factored.program
-    shapes = [tuple(n.meta["val"].shape) for n in program.placeholders("input")]
-    batch = shapes[0][0] if shapes and shapes[0] else 1
+    tensors = [n.meta["val"] for n in program.placeholders("input") if isinstance(n.meta.get("val"), torch.Tensor)]
+    batch = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
     always = tuple(a for a, axis in enumerate(setting.mode.on(setting.mesh.shape)) if axis.batch_always)
     parts = setting.mesh.extent(always)
     if batch % parts:

@@ -54,6 +54,22 @@ def test_auto_goes_to_the_mesh_of_a_faster_mode(monkeypatch: pytest.MonkeyPatch)
     assert found.plan.step_time_s == min(s for s in found.seconds.values() if s is not None)
 
 
+def test_auto_takes_the_plan_of_a_mode_that_time_left_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hasty(ctx, cluster, request, report=None):  # type: ignore[no-untyped-def]
+        plan, problem = solve(ctx, cluster, replace(request, mesh=(2, 2) if request.mode == "auto" else request.mesh))
+        if request.mode != "auto":
+            return plan, problem
+        late = replace(plan.seconds, step=4 * plan.seconds.step)
+        return replace(plan, seconds=late, gap=0.8, status="Feasible"), problem
+    monkeypatch.setattr(comparison, "solve", hasty)
+    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", mesh=None))
+    assert found.plan.mode == "auto" and found.plan.status == "Feasible"
+    assert found.plan.step_time_s == found.seconds["auto"] == min(s for s in found.seconds.values() if s is not None)
+    bound = 0.2 * 4 * solve(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", mesh=(2, 2)))[
+        0].step_time_s
+    assert (1 - found.plan.gap) * found.plan.step_time_s == pytest.approx(min(bound, found.plan.step_time_s))
+
+
 def test_a_request_that_has_no_plan_is_refused() -> None:
     with pytest.raises(AutoparError, match="unknown solver"):
         compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:2"), Request("mlp", solver="x"))

@@ -28,7 +28,7 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     """The plan as text to print; `start` is when the command started, of `time.perf_counter`. Raises AutoparError."""
     cluster = options.cluster or this_machine()
     request = Request(options.model, options.mode, options.mesh, options.optimizer, options.memory_budget,
-                      options.solver)
+                      options.solver, options.pins)
     for shape in shapes_for(request, cluster):
         request.setting(cluster, shape)  # refuses what doesn't fit together before anything is built
     progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")

@@ -48,6 +48,7 @@ class Options:
     verbose: bool
     modes: bool = False
     explain: str | None = None
+    pins: tuple[tuple[str, str], ...] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +60,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """The options in `arguments`, the process's own when None. Raises AutoparError; SystemExit after `--help`."""
-    return Options(**vars(_parser().parse_args(arguments)))
+    given = vars(_parser().parse_args(arguments))
+    return Options(**{**given, "pins": tuple(given["pins"])})
 
 
 def read_cluster(text: str) -> Cluster:
@@ -107,6 +109,9 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mesh", type=_mesh, metavar="SHAPE",
                        help="the grid of devices, such as 4x2 (default: the best of all shapes)")
     group.add_argument("--solver", choices=SOLVERS, default="cbc", metavar="S", help=_choices(SOLVERS))
+    group.add_argument("--pin", action="append", type=_pin, default=[], dest="pins", metavar="OP=STRATEGY",
+                       help="fix an op to a strategy, both as a plan prints them, such as 'up=S0R = S0R X RR'; may be "
+                            "given several times")
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -137,6 +142,13 @@ def _writable(text: str) -> Path:
         raise AutoparError(f"cannot write {path}: " + ("it is a folder; name a file in it" if path.is_dir() else
                            f"there is no folder {path.parent}; make it first"))
     return path
+
+
+def _pin(text: str) -> tuple[str, str]:
+    name, found, strategy = text.partition("=")
+    if not (found and name.strip() and strategy.strip()):
+        raise AutoparError(f"pin {text!r} is not of the form 'op=S0R = S0R X RR': the name of an op, =, its strategy")
+    return name.strip(), strategy.strip()
 
 
 def _mesh(text: str) -> tuple[int, ...]:
