@@ -34,4 +34,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'autopar' has no attribute {name!r}")
     home, _, there = _HOMES[name].partition(":")
-    return getattr(importlib.import_module(f"autopar.{home}"), there or name)
+    found = getattr(importlib.import_module(f"autopar.{home}"), there or name)
+    # The import system sets each module as an attribute of its package; `plan` is to stay the function.
+    globals()["plan"] = importlib.import_module("autopar.api").plan
+    return found

@@ -117,8 +117,9 @@ def on_rank_zero(make: Callable[[], str]) -> str:
             said = [("made", make())]
         except AutoparError as error:
             said = [("refused", str(error))]
-        except BaseException:
-            dist.broadcast_object_list([("refused", "planning failed on rank 0; see its traceback")])
+        except BaseException as error:
+            text = f"rank 0 failed with {type(error).__name__}: {error}; see its traceback"
+            dist.broadcast_object_list([("refused", text)])
             raise
     dist.broadcast_object_list(said)
     assert said[0] is not None

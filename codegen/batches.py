@@ -20,7 +20,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class NotKept:
-    """Stands for an output that a plan with returns="loss" does not keep; any use of it says so."""
+    """Stands for an output other than the loss, which is not kept; any use of it says so."""
 
     def __init__(self, name: str) -> None:
         object.__setattr__(self, "_name", name)
@@ -29,15 +29,16 @@ class NotKept:
         if name.startswith("__"):
             raise AttributeError(name)
         kept = object.__getattribute__(self, "_name")
-        raise AutoparError(f"output {kept!r} is not kept (asked for .{name}): compile with returns=\"all\" to have it")
+        raise AutoparError(f"output {kept!r} is not kept (asked for .{name}): a compiled model returns its loss; for "
+                           "other outputs load model.state_dict() into the plain model")
 
     def __getitem__(self, key: Any) -> Any:
         kept = object.__getattribute__(self, "_name")
-        raise AutoparError(f"output {kept!r} is not kept (asked for [{key!r}]): compile with returns=\"all\" to have "
-                           "it")
+        raise AutoparError(f"output {kept!r} is not kept (asked for [{key!r}]): a compiled model returns its loss; for "
+                           "other outputs load model.state_dict() into the plain model")
 
     def __repr__(self) -> str:
-        return f"<output {object.__getattribute__(self, '_name')} not kept: returns=\"loss\">"
+        return f"<output {object.__getattribute__(self, '_name')} not kept>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +54,13 @@ class Bound:
 class Batches:
     """Finds the executable for a call. `make(training, kind)` lowers one; `kind` None lets shapes tell.
 
-    `other_names` are the further names of tied parameters.
+    `other_names` are the further names of tied parameters, with their first.
     """
 
     make: Callable[[bool, BatchKind], Executable]
     kind: BatchKind | None
     world: int
-    other_names: set[str] = field(default_factory=set)
+    other_names: dict[str, str] = field(default_factory=dict)
     known: dict[tuple[bool, BatchKind], Executable] = field(default_factory=dict)
     checked: set[Shapes] = field(default_factory=set)
 
@@ -85,25 +86,37 @@ class Batches:
         return self.known[training, kind]
 
     def _kind(self, leaves: list[Any], placeholders: list[fx.Node]) -> BatchKind:
+        """Whether the call brings the whole batch or a part. Collective, so that ranks which differ are told."""
         planned = [tuple(p.meta["val"].shape) if isinstance(p.meta.get("val"), Tensor) else None for p in placeholders]
         found = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves]
-        local = [(s[0] // self.world, *s[1:]) if s and s[0] % self.world == 0 else s for s in planned]
-        if found == planned and self.kind != "local":
-            self._check_equal(leaves, tuple(s for s in found if s is not None))
-            return "global"
-        if found == local and self.kind != "global":
-            return "local"
-        wanted = {"global": f"{planned}", "local": f"{local}", None: f"{planned} (the whole batch on every rank) or "
-                  f"{local} (its own part on each)"}[self.kind]
+        even = all(not s or s[0] % self.world == 0 for s in planned)
+        local = [(s[0] // self.world, *s[1:]) if s else s for s in planned] if even else None
+        options: list[BatchKind] = ["global"] if found == planned and self.kind != "local" else []
+        options += ["local"] if found == local and self.kind != "global" else []
+        self._agree(options, leaves, found)
+        if options:
+            return options[0]
+        parts = f"{local} (its own part on each)" if even else f"parts, which {planned} can't be cut into evenly"
+        wanted = {"global": f"{planned}", "local": parts,
+                  None: f"{planned} (the whole batch on every rank) or {parts}"}[self.kind]
         raise AutoparError(f"inputs of shapes {found} fit no rule of the plan, which takes {wanted}; pass such a "
                            "batch, or compile again with inputs= of the new shapes")
 
-    def _check_equal(self, leaves: list[Any], shapes: Shapes) -> None:
-        """Once a shape: ranks that pass the whole batch must pass the same."""
-        if shapes in self.checked or self.world == 1:
+    def _agree(self, options: list[BatchKind], leaves: list[Any], found: list[Any]) -> None:
+        """Raises AutoparError when ranks bring whole and partial batches at once, or whole ones that differ.
+
+        Looked at in every call where the data is in host memory, else in the first of its shapes: reading a GPU's
+        memory would make it wait.
+        """
+        shapes = tuple(s for s in found if s is not None)
+        on_host = all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor))
+        if self.world == 1 or (shapes in self.checked and not on_host):
             return
         self.checked.add(shapes)
-        if not all_equal(digest(leaves)):
+        if not all_equal({"global": 1, "local": 2}.get(options[0], 0) if options else 0):
+            raise AutoparError(f"ranks brought batches of different kinds, this one inputs of shapes {found}; pass the "
+                               "whole batch on every rank, or on each its own part")
+        if options[:1] == ["global"] and not all_equal(digest(leaves)):
             raise AutoparError(f"every rank passed a batch of the global shapes {list(shapes)}, but their data "
                                "differ; pass the same whole batch on all ranks, or each rank's own part of it")
 

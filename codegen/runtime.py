@@ -84,7 +84,7 @@ class ParallelModule(nn.Module):
         self._names = [name for name, _ in plain.named_parameters()]
         self._stored = stored_parameters(plain, decision)
         self._buffer_names = [name for name, _ in plain.named_buffers()]
-        self._steps, self._seed = 0, torch.initial_seed() % 2**31
+        self._steps, self._seed = 0, seed_of_rank_zero(site.device)
         self._body = make_body(plain, decision, self._stored, site)
         self._owner = {name: group for group in self._body.modules() if isinstance(group, ParameterGroup)
                        for name in group.names}
@@ -133,7 +133,8 @@ class ParallelModule(nn.Module):
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         """Parameters, as DTensors, and buffers in plain names and shapes."""
         state: dict[str, Any] = OrderedDict((n, to_plain(p, self._stored[n])) for n, p in self.named_parameters())
-        return state | {name: buffer.detach() for name, buffer in self.named_buffers()}
+        state |= {name: buffer.detach() for name, buffer in self.named_buffers()}
+        return state | {name: state[first] for name, first in self._batches.other_names.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load plain names and shapes, whole tensors or DTensors. Raises AutoparError naming what doesn't fit."""
@@ -142,7 +143,7 @@ class ParallelModule(nn.Module):
         if strict and (missing or extra):
             raise AutoparError(f"state dict: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}; "
                                "pass strict=False to load what fits")
-        for name in wanted.keys() & state_dict.keys():
+        for name in (name for name in wanted if name in state_dict):  # in one order: DTensors are gathered on the way
             stored, value = self._stored.get(name), state_dict[name]
             shape = stored.shape if stored else tuple(wanted[name].shape)
             if tuple(value.shape) != shape:
@@ -155,7 +156,7 @@ class ParallelModule(nn.Module):
 
     def _tied(self) -> set[str]:
         """Names under which the plain model has a parameter a second time."""
-        return self._batches.other_names
+        return set(self._batches.other_names)
 
     def random_state(self) -> dict[str, int]:
         """What dropout is drawn from: the seed and the number of training steps so far."""
@@ -209,8 +210,8 @@ def stored_parameters(plain: nn.Module, decision: Decision) -> dict[str, Stored]
 
 
 def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], site: Site) -> Body:
-    """Shard the parameters of `plain` and wrap them for FSDP2, group by group."""
-    parameters = {name: at_rest(p.detach().to(site.device), stored[name], site.mesh, p.requires_grad)
+    """Shard the parameters of `plain`, as rank 0 has them, and wrap them for FSDP2, group by group."""
+    parameters = {name: at_rest(as_on_rank_zero(p, site.device), stored[name], site.mesh, p.requires_grad)
                   for name, p in plain.named_parameters()}
     owner = _owners(decision)
     members: dict[str, dict[Travels, dict[str, nn.Parameter]]] = {}
@@ -219,11 +220,24 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
         members.setdefault(owner.get(name, ""), {}).setdefault(travels, {})[name] = parameter
     groups = {key: {way: ParameterGroup(held) for way, held in sets.items()} for key, sets in members.items()}
     shared = groups.pop("", {})
-    buffers = {name: b.detach().to(site.device).clone() for name, b in plain.named_buffers()}
+    buffers = {name: as_on_rank_zero(b, site.device).clone() for name, b in plain.named_buffers()}
     body = Body({key: tuple(sets.values()) for key, sets in groups.items()}, tuple(shared.values()), buffers)
     every = [*shared.items(), *(item for sets in groups.values() for item in sets.items())]
     _wrap_all(body, every, stored, decision, site)
     return body
+
+
+def as_on_rank_zero(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor with rank 0's values, so that ranks which drew different ones start alike; collective."""
+    found = tensor.detach().to(device).contiguous()
+    if dist.get_world_size() > 1:
+        dist.broadcast(found, 0)
+    return found
+
+
+def seed_of_rank_zero(device: torch.device) -> int:
+    """A seed for random ops, the same on every rank; collective."""
+    return int(as_on_rank_zero(torch.tensor(torch.initial_seed() % 2**31), device))
 
 
 def _wrap_all(body: Body, groups: list[tuple[Travels, ParameterGroup]], stored: dict[str, Stored],

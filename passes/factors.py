@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from autopar.passes.capture import Program
-from autopar.passes.functional import value_of
+from autopar.passes.functional import is_update, value_of
 from autopar.passes.rules.notation import Rule, is_unit
 from autopar.passes.rules.table import rule_of, shape, tensor_operands
 
@@ -98,7 +98,7 @@ def analyse(program: Program) -> Factored:
         if value_of(node) is None:
             continue
         found.dims[node] = tuple(_fresh(size) for size in shape(node))
-        if node.op == "call_function" and not _rename(node, found):
+        if node.op == "call_function" and not is_update(node, program) and not _rename(node, found):
             _apply_rule(node, found)
     return _freeze(program, found)
 

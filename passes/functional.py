@@ -28,8 +28,10 @@ def value_of(node: Any) -> Tensor | None:
 
 def is_update(node: fx.Node, program: Program) -> bool:
     """Whether `node` writes to a buffer in place."""
-    written = node.args[0] if node.op == "call_function" and node.args else None
-    return (isinstance(written, fx.Node) and written.op == "placeholder" and mutates(node.target)
+    written: Any = node
+    while isinstance(written, fx.Node) and written.op == "call_function" and mutates(written.target):
+        written = written.args[0]
+    return (written is not node and isinstance(written, fx.Node) and written.op == "placeholder"
             and program.sources[written.name].kind == "buffer")
 
 
