@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 from autopar.core.cluster import Cluster
@@ -11,6 +12,8 @@ from autopar.passes.modes import MODES
 from autopar.passes.problem import Problem
 from autopar.plan import Plan
 from autopar.planner import Report, Request, solve, status_of
+
+Found = tuple[Plan, Problem]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,34 +42,40 @@ def compare(ctx: Context, cluster: Cluster, request: Request, report: Report = l
         others = {mode: f"not solved, as mode {request.mode} was asked for" for mode in MODES if mode != request.mode}
         return Comparison(plan, problem, {mode: None if mode in others else plan.step_time_s for mode in MODES}, others)
     rivals, reasons = _rivals(ctx, cluster, request, report)
-    fastest = min(rivals.values(), key=lambda rival: rival.step_time_s, default=plan)
-    if fastest.step_time_s < plan.step_time_s and fastest.mesh != plan.mesh:
-        report(f"mode {fastest.mode} is faster on mesh {'x'.join(map(str, fastest.mesh))}; auto there:")
-        plan, problem = solve(ctx, cluster, replace(request, mesh=fastest.mesh), report)
-    if fastest.step_time_s < plan.step_time_s:
-        plan = _taken(fastest, plan)
-    found = {"auto": plan, **rivals}
+    for rival in sorted(rivals.values(), key=lambda found: found[0].step_time_s)[:1]:
+        plan, problem = _faster((plan, problem), rival, ctx, cluster, request, report)
+    found = {"auto": plan, **{mode: rival for mode, (rival, _) in rivals.items()}}
     return Comparison(plan, problem, {mode: found[mode].step_time_s if mode in found else None for mode in MODES},
                       reasons)
 
 
-def _rivals(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[dict[str, Plan], dict[str, str]]:
+def _rivals(ctx: Context, cluster: Cluster, request: Request,
+            report: Report) -> tuple[dict[str, Found], dict[str, str]]:
     """The plans of all modes but auto, and why others have none."""
-    plans: dict[str, Plan] = {}
+    plans: dict[str, Found] = {}
     reasons: dict[str, str] = {}
     for mode in MODES:
         if mode == "auto":
             continue
         report(f"mode {mode}, to compare:")
         try:
-            plans[mode] = solve(ctx, cluster, replace(request, mode=mode), report)[0]
+            plans[mode] = solve(ctx, cluster, replace(request, mode=mode), report)
         except AutoparError as refusal:
             reasons[mode] = str(refusal)
     return plans, reasons
 
 
-def _taken(plan: Plan, slower: Plan) -> Plan:
-    """A mode's plan as auto's, in place of a slower one that has proven a bound on the same mesh."""
-    bound = (1.0 - slower.gap) * slower.step_time_s
+def _faster(auto: Found, rival: Found, ctx: Context, cluster: Cluster, request: Request, report: Report) -> Found:
+    """Auto's plan, or a better one where the fastest mode's is faster: auto's on that mesh, else that mode's."""
+    plan, mesh = rival[0], rival[0].mesh
+    if auto[0].step_time_s <= plan.step_time_s:
+        return auto
+    if auto[0].mesh != mesh:
+        report(f"mode {plan.mode} is faster on mesh {'x'.join(map(str, mesh))}; auto there:")
+        with contextlib.suppress(AutoparError):  # out of time
+            auto = solve(ctx, cluster, replace(request, mesh=mesh), report)
+    if auto[0].step_time_s <= plan.step_time_s:
+        return auto
+    bound = (1.0 - auto[0].gap) * auto[0].step_time_s if auto[0].mesh == mesh else 0.0
     gap = max(0.0, 1.0 - bound / plan.step_time_s)
-    return replace(plan, mode=slower.mode, gap=gap, status=status_of(gap))
+    return replace(plan, mode="auto", gap=gap, status=status_of(gap)), rival[1]

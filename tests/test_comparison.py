@@ -56,18 +56,33 @@ def test_auto_goes_to_the_mesh_of_a_faster_mode(monkeypatch: pytest.MonkeyPatch)
 
 def test_auto_takes_the_plan_of_a_mode_that_time_left_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     def hasty(ctx, cluster, request, report=None):  # type: ignore[no-untyped-def]
-        plan, problem = solve(ctx, cluster, replace(request, mesh=(2, 2) if request.mode == "auto" else request.mesh))
+        plan, problem = solve(ctx, cluster, request)
         if request.mode != "auto":
             return plan, problem
         late = replace(plan.seconds, step=4 * plan.seconds.step)
         return replace(plan, seconds=late, gap=0.8, status="Feasible"), problem
     monkeypatch.setattr(comparison, "solve", hasty)
-    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", mesh=None))
+    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", mesh=(2, 2)))
     assert found.plan.mode == "auto" and found.plan.status == "Feasible"
     assert found.plan.step_time_s == found.seconds["auto"] == min(s for s in found.seconds.values() if s is not None)
-    bound = 0.2 * 4 * solve(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", mesh=(2, 2)))[
-        0].step_time_s
+    free, _ = solve(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", mesh=(2, 2)))
+    bound = 0.2 * 4 * free.step_time_s
+    assert 0 < found.plan.gap < 1
     assert (1 - found.plan.gap) * found.plan.step_time_s == pytest.approx(min(bound, found.plan.step_time_s))
+
+
+def test_auto_out_of_time_on_the_mesh_of_a_faster_mode_takes_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(ctx, cluster, request, report=None):  # type: ignore[no-untyped-def]
+        if request.mode != "auto":
+            return solve(ctx, cluster, request)
+        if request.mesh is not None:
+            raise AutoparError("no solution within 30 s")
+        plan, problem = solve(ctx, cluster, replace(request, mesh=(2, 2)))
+        return replace(plan, seconds=replace(plan.seconds, step=4 * plan.seconds.step)), problem
+    monkeypatch.setattr(comparison, "solve", stuck)
+    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp"))
+    assert (found.plan.mode, found.plan.mesh, found.plan.status, found.plan.gap) == ("auto", (4,), "Feasible", 1.0)
+    assert found.problem.setting.mesh.shape == (4,)
 
 
 def test_a_request_that_has_no_plan_is_refused() -> None:
