@@ -20,8 +20,8 @@ from autopar.core.mesh import Mesh
 from autopar.passes.capture import COMPUTE_DTYPE, capture
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.decision import Context, Decision
-from autopar.passes.problem import Setting, build
 from autopar.passes.modes import MODES
+from autopar.passes.problem import Setting, build
 from autopar.planner import prepare
 from tests import builders
 from tests.simulator import Trial, assert_same, materials, simulated, step_of
