@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from autopar.codegen.batches import Batches, Bound
@@ -103,8 +104,16 @@ class ParallelModule(nn.Module):
         given = self._given(bound)
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             values = self._body(bound.executable, given, (self._seed, self._steps), self._site.device)
+        if not (self.training and torch.is_grad_enabled()):
+            self._reshard()
         self._steps += self.training
         return bound.output(values)
+
+    def _reshard(self) -> None:
+        """Let go of what FSDP2 keeps gathered for a backward that will not come."""
+        for module in self._body.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _given(self, bound: Bound) -> dict[fx.Node, Tensor]:
         program = bound.executable.decision.context.segmented.factored.program
