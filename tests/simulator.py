@@ -155,7 +155,7 @@ def simulated(decision: Decision, given: dict[str, Tensor], seed: int = 0) -> Tr
     gradients = {n.name: whole([grads[n] for _, grads, _ in found], duals(spec, mesh), mesh, decision, n)
                  for n, spec in specs.items()}
     buffers = {n.name: agreed([leaves[n] for _, _, leaves in found])
-               for n in decision.context.segmented.factored.program.placeholders("buffer")}
+               for n in decision.context.segmented.factored.program.placeholders("buffer") if n.users}
     return Trial([agreed([o[i] for o, _, _ in found]) for i in range(len(found[0][0]))], gradients, buffers)
 
 
@@ -279,7 +279,7 @@ def reference(context: Context, module: Callable[..., Any], given: dict[str, Ten
     leaves = {name: x.detach().clone().requires_grad_(nodes[name] in context.gradients) for name, x in given.items()}
     outputs = [o for o in pytree.tree_leaves(module(*leaves.values())) if isinstance(o, Tensor)]
     backward(outputs)
-    buffers = {n.name: leaves[n.name] for n in context.segmented.factored.program.placeholders("buffer")}
+    buffers = {n.name: leaves[n.name] for n in context.segmented.factored.program.placeholders("buffer") if n.users}
     return Trial([o.detach() for o in outputs],
                  {name: _gradient(x) for name, x in leaves.items() if x.requires_grad}, buffers)
 
@@ -305,7 +305,7 @@ def step_of(context: Context, model: nn.Module, loss: Tensor) -> Trial:
     loss.backward()
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     gradients = {n.name: _gradient(held[program.sources[n.name].name]) for n in context.parameters()}
-    buffers = {n.name: held[program.sources[n.name].name] for n in program.placeholders("buffer")}
+    buffers = {n.name: held[program.sources[n.name].name] for n in program.placeholders("buffer") if n.users}
     return Trial([loss.detach()], gradients, buffers)
 
 

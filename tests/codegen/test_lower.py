@@ -24,6 +24,7 @@ from autopar.passes.modes import MODES
 from autopar.passes.problem import Setting, build
 from autopar.planner import prepare
 from tests import builders
+from tests.families import FAMILIES, family
 from tests.simulator import Trial, assert_same, materials, simulated, step_of
 
 SEED = 5
@@ -65,6 +66,7 @@ MODELS: dict[str, tuple[Callable[[], builders.Case], int]] = {
     "gpt2": (partial(builders.gpt2, batch=4), 6),
     "gpt2 with dropout": (partial(builders.gpt2, dropout=0.2, batch=4), 6),
     "resnet": (partial(builders.resnet, size=32), 4),
+    **{name: (partial(family, name), 1) for name in FAMILIES},
 }
 """Each model with the number of decisions that are tried on a mesh."""
 SLOWLY = 20
@@ -86,16 +88,16 @@ def subject(name: str) -> Subject:
     return Subject(context, given, step_of(context, plain, loss))
 
 
-def decisions(context: Context, mesh: Mesh, count: int, seed: int = 0) -> Iterator[Decision]:
+def decisions(context: Context, mesh: Mesh, count: int, seed: int = 0, mode: str = "auto") -> Iterator[Decision]:
     """Choices drawn from the solver's own space."""
-    setting = Setting(mesh, Cluster.preset(f"cpu:{mesh.size}"), MODES["auto"], OPTIMIZERS["adamw"])
+    setting = Setting(mesh, Cluster.preset(f"cpu:{mesh.size}"), MODES[mode], OPTIMIZERS["adamw"])
     problem, generator = build(context, setting), random.Random(seed)
     for _ in range(count):
         yield problem.decide(tuple(generator.randrange(len(node.choices)) for node in problem.instance.nodes))
 
 
-def check(name: str, mesh: Mesh, count: int, seed: int) -> None:
-    for number, decision in enumerate(decisions(subject(name).context, mesh, count, seed)):
+def check(name: str, drawn: Iterator[Decision]) -> None:
+    for number, decision in enumerate(drawn):
         try:
             assert_same(simulated(decision, subject(name).given, SEED), subject(name).wanted, TOLERANCE)
         except Exception as failure:
@@ -112,11 +114,21 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_any_decision_computes_the_plain_step(name: str, mesh: Mesh) -> None:
-    check(name, mesh, MODELS[name][1], seed=0)
+    check(name, decisions(subject(name).context, mesh, MODELS[name][1]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_any_of_many_decisions_computes_the_plain_step(name: str, mesh: Mesh) -> None:
-    check(name, mesh, SLOWLY * MODELS[name][1], seed=1)
+    check(name, decisions(subject(name).context, mesh, SLOWLY * MODELS[name][1], seed=1))
+
+
+SHAPES = {"ddp": (4,), "zero2": (4,), "zero3": (4,), "1d": (4,), "sequence": (4,), "zero+1d": (2, 2), "2d": (2, 2),
+          "2.5d": (2, 2, 2), "3d": (2, 2, 2)}
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+@pytest.mark.parametrize("mode", sorted(MODES.keys() - {"auto"}))
+def test_any_decision_of_a_mode_computes_the_plain_step(name: str, mode: str) -> None:
+    check(name, decisions(subject(name).context, Mesh(SHAPES[mode]), 2, mode=mode))
