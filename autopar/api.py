@@ -114,17 +114,10 @@ def _compiled(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], or
     mesh = Mesh(made.mesh)
     site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device())
     programs.settle(training, decision_of(made, ctx), site.communicator)
-    batches = Batches(programs.executable, order.batch, dist.get_world_size(), tied_names(model))
+    batches = Batches(programs.executable, order.batch, dist.get_world_size())
     module = ParallelModule(model, programs.decision(training), site, batches)
     module.plan = made
     return module
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """The further names of tensors that have several, with the first of each."""
-    first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: first[id(tensor)] for name, tensor in every if first[id(tensor)] != name}
 
 
 class Programs:

@@ -52,15 +52,11 @@ class Bound:
 
 @dataclass(eq=False)
 class Batches:
-    """Finds the executable for a call. `make(training, kind)` lowers one; `kind` None lets shapes tell.
-
-    `other_names` are the further names of tied parameters, with their first.
-    """
+    """Finds the executable for a call. `make(training, kind)` lowers one; `kind` None lets shapes tell."""
 
     make: Callable[[bool, BatchKind], Executable]
     kind: BatchKind | None
     world: int
-    other_names: dict[str, str] = field(default_factory=dict)
     known: dict[tuple[bool, BatchKind], Executable] = field(default_factory=dict)
     checked: set[Shapes] = field(default_factory=set)
 

@@ -85,6 +85,7 @@ class ParallelModule(nn.Module):
         self._names = [name for name, _ in plain.named_parameters()]
         self._stored = stored_parameters(plain, decision)
         self._buffer_names = [name for name, _ in plain.named_buffers()]
+        self._state_names = state_names(plain)
         self._steps, self._seed = 0, seed_of_rank_zero(site.device)
         self._body = make_body(plain, decision, self._stored, site)
         self._owner = {name: group for group in self._body.modules() if isinstance(group, ParameterGroup)
@@ -140,32 +141,33 @@ class ParallelModule(nn.Module):
             yield f"{prefix}.{name}" if prefix else name, self.get_buffer_called(name)
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Parameters, as DTensors, and buffers in plain names and shapes."""
-        state: dict[str, Any] = OrderedDict((n, to_plain(p, self._stored[n])) for n, p in self.named_parameters())
-        state |= {name: buffer.detach() for name, buffer in self.named_buffers()}
-        return state | {name: state[first] for name, first in self._batches.other_names.items()}
+        """What the plain model's has, in its names and shapes, parameters as DTensors."""
+        held: dict[str, Any] = {n: to_plain(p, self._stored[n]) for n, p in self.named_parameters()}
+        held |= {name: buffer.detach() for name, buffer in self.named_buffers()}
+        return OrderedDict((name, held[first]) for name, first in self._state_names.items())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load plain names and shapes, whole tensors or DTensors. Raises AutoparError naming what doesn't fit."""
-        wanted = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        missing, extra = sorted(set(wanted) - set(state_dict)), sorted(set(state_dict) - set(wanted) - self._tied())
+        """Load plain names and shapes, whole tensors or DTensors; one name of a tied parameter will do.
+
+        Collective where there are DTensors. Raises AutoparError naming what doesn't fit, before anything is loaded.
+        """
+        given = {first: state_dict[name] for name, first in self._state_names.items() if name in state_dict}
+        missing = [name for name, first in self._state_names.items() if first not in given]
+        extra = [name for name in state_dict if name not in self._state_names]
         if strict and (missing or extra):
             raise AutoparError(f"state dict: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}; "
                                "pass strict=False to load what fits")
-        for name in (name for name in wanted if name in state_dict):  # in one order: DTensors are gathered on the way
-            stored, value = self._stored.get(name), state_dict[name]
-            shape = stored.shape if stored else tuple(wanted[name].shape)
-            if tuple(value.shape) != shape:
-                raise AutoparError(f"{name} has shape {tuple(value.shape)} in the state dict, needed is {shape}")
-            if stored:
-                load_plain(wanted[name], stored, value)
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, value in given.items():
+            needed = self._stored[name].shape if name in self._stored else tuple(held[name].shape)
+            if tuple(value.shape) != needed:
+                raise AutoparError(f"{name} has shape {tuple(value.shape)} in the state dict, needed is {needed}")
+        for name, value in given.items():  # in one order: DTensors are gathered on the way
+            if name in self._stored:
+                load_plain(held[name], self._stored[name], value)
             else:
-                wanted[name].copy_(value)
+                held[name].copy_(value)
         return nn.modules.module._IncompatibleKeys(missing, extra)
-
-    def _tied(self) -> set[str]:
-        """Names under which the plain model has a parameter a second time."""
-        return set(self._batches.other_names)
 
     def random_state(self) -> dict[str, int]:
         """What dropout is drawn from: the seed and the number of training steps so far."""
@@ -191,6 +193,13 @@ class ParallelModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mesh {self._site.communicator.mesh}, {len(self._names)} parameters"
+
+
+def state_names(plain: nn.Module) -> dict[str, str]:
+    """The names in the plain model's state dict, each with the first name of the same tensor."""
+    first = {id(tensor): name for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]}
+    state = plain.state_dict(keep_vars=True)
+    return {name: first[id(tensor)] for name, tensor in state.items() if id(tensor) in first}
 
 
 def _share(grad: Tensor) -> float:

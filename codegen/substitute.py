@@ -22,6 +22,7 @@ from autopar.codegen.primitives import all_reduce
 from autopar.core.reshard import Step
 from autopar.core.spec import Spec
 from autopar.passes.factors import Factored
+from autopar.passes.functional import value_of
 from autopar.passes.layout import local_shape
 from autopar.passes.ops import Op
 from autopar.passes.rules.table import argument
@@ -54,6 +55,7 @@ class Site:
 class BatchNorm(nn.Module):
     """Batch norm whose statistics are those of the whole batch, running statistics whole on every rank.
 
+    Weight and bias are used in the dtype of the running statistics: torch takes no others beside 16-bit values.
     x (N/n, C/c, …) local; weight and bias (C/c); running mean and variance (C).
     """
 
@@ -64,9 +66,9 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
                 variance: Tensor | None, training: bool, momentum: float, eps: float, _: bool) -> Tensor:
-        if not training:
-            assert mean is not None and variance is not None
-            return F.batch_norm(x, self._part(mean), self._part(variance), weight, bias, False, momentum, eps)
+        if not training or not (self.samples or self.channels):
+            mean, variance = (None if part is None else self._part(part) for part in (mean, variance))
+            return F.batch_norm(x, mean, variance, _like(weight, mean), _like(bias, mean), training, momentum, eps)
         with torch.no_grad():
             center, spread, count = found = statistics(x, self.sample_group)
             if mean is not None and variance is not None:
@@ -84,6 +86,10 @@ class BatchNorm(nn.Module):
 
     def _part(self, whole: Tensor) -> Tensor:
         return convert(whole, Step(self.channels, "R", 0), self.channel_group) if self.channels else whole
+
+
+def _like(parameter: Tensor | None, statistic: Tensor | None) -> Tensor | None:
+    return parameter if parameter is None or statistic is None else parameter.to(statistic.dtype)
 
 
 class CrossEntropy(nn.Module):
@@ -227,7 +233,8 @@ class Attention(nn.Module):
 def _batch_norm(site: Site, _: int) -> nn.Module | None:
     samples, channels = site.axes("n"), site.axes("c")
     split_samples = samples if site.node.args[5] else ()
-    return BatchNorm(split_samples, channels, site) if split_samples or channels else None
+    dtypes = {value.dtype for value in map(value_of, site.node.args[1:4]) if value is not None}
+    return BatchNorm(split_samples, channels, site) if split_samples or channels or len(dtypes) > 1 else None
 
 
 def _cross_entropy(site: Site, _: int) -> nn.Module | None:
