@@ -29,7 +29,7 @@ from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds
-from autopar.solver.sharding import optimise
+from autopar.solver.optimise import optimise
 from autopar.workload import peak_flops_per_s, workload_of
 
 RESERVE = 0.08

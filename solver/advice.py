@@ -1,6 +1,6 @@
 """Why a sharding instance has no solution, asked by solving easier instances.
 
-`bytes_only` keeps the connections and counts bytes as seconds: its optimum is the least budget. `ways_only` allows
+`no_seconds` keeps the connections and bytes and counts no seconds, for the least budget. `ways_only` allows
 every connection and counts those without a way as a second each: its optimum is the fewest that stand in the way.
 """
 
@@ -10,30 +10,30 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.core.sharding import Choice, Flow, Instance
+from autopar.core.sharding import Flow, Instance
 
 Table = tuple[tuple[float, ...], ...]
 
 
-def bytes_only(instance: Instance) -> Instance:
-    """The same decisions without a budget, in which a choice costs as many seconds as it holds bytes."""
-    return _recount(instance, lambda choice: choice.nbytes, lambda seconds: seconds if math.isinf(seconds) else 0.0)
+def no_seconds(instance: Instance) -> Instance:
+    """The same decisions and bytes, in which nothing costs a second."""
+    return _recount(instance, lambda seconds: seconds if math.isinf(seconds) else 0.0)
 
 
 def ways_only(instance: Instance) -> Instance:
     """The same decisions without a budget, in which a connection without a way costs a second and all else nothing."""
-    return _recount(instance, lambda choice: 0.0, lambda seconds: 1.0 if math.isinf(seconds) else 0.0)
+    return replace(_recount(instance, lambda seconds: 1.0 if math.isinf(seconds) else 0.0), budget=math.inf)
 
 
-def _recount(instance: Instance, cost: Callable[[Choice], float], way: Callable[[float], float]) -> Instance:
+def _recount(instance: Instance, way: Callable[[float], float]) -> Instance:
     def table(seconds: Table) -> Table:
         return tuple(tuple(map(way, row)) for row in seconds)
     def flow(old: Flow) -> Flow:
         return replace(old, forward=table(old.forward), backward=table(old.backward), parameter=False)
-    nodes = tuple(replace(node, choices=tuple(Choice(c.name, optimizer=cost(c), nbytes=c.nbytes) for c in node.choices))
-                  for node in instance.nodes)
+    nodes = tuple(replace(node, choices=tuple(replace(c, forward=0.0, backward=0.0, optimizer=0.0)
+                                              for c in node.choices)) for node in instance.nodes)
     segments = tuple(replace(segment, flows=tuple(map(flow, segment.flows))) for segment in instance.segments)
-    return Instance(nodes, segments)
+    return replace(instance, nodes=nodes, segments=segments)
 
 
 def missing_ways(instance: Instance, choices: tuple[int, ...]) -> list[str]:

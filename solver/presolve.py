@@ -16,8 +16,12 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from autopar.core.sharding import Choice, Consumer, Flow, Instance
+import numpy as np
 
+from autopar.core.sharding import Choice, Consumer, Flow, Instance, ledger
+
+SECONDS, ALL_COSTS = 3, 7
+"""How many of `Choice.costs` are seconds, and how many there are."""
 ROUNDING = 1e-9
 """The fraction of the budget below which bytes are not told apart here."""
 Value = TypeVar("Value")
@@ -35,15 +39,19 @@ class Reduced:
         return tuple(kept[choice] for kept, choice in zip(self.kept, choices, strict=True))
 
 
-def presolve(instance: Instance) -> Reduced:
-    """An instance with the same optimum and fewer specs and choices, or as many."""
+def presolve(instance: Instance, counted: int | None = None) -> Reduced:
+    """An instance with the same optimum and fewer specs and choices, or as many.
+
+    The first `counted` costs of a choice make it better or worse; by default all that the budget makes count.
+    """
     merged = _map_flows(instance, _merge_specs)
     roles = _roles(merged)
-    kept = tuple(_undominated(node.choices, role, most)
-                 for node, role, most in zip(merged.nodes, roles, _most_bytes(merged), strict=True))
-    nodes = tuple(replace(node, choices=_pick(node.choices, of)) for node, of in zip(merged.nodes, kept, strict=True))
-    fewer = _map_flows(replace(merged, nodes=nodes), lambda flow: _merge_specs(_keep(flow, kept)))
-    return Reduced(fewer, kept)
+    bounded = math.isfinite(instance.budget)
+    fitting = _fitting(merged) if bounded else [tuple(range(len(node.choices))) for node in merged.nodes]
+    counted = counted or (ALL_COSTS if bounded else SECONDS)
+    kept = tuple(_undominated(node.choices, role, fits, counted)
+                 for node, role, fits in zip(merged.nodes, roles, fitting, strict=True))
+    return Reduced(restrict(merged, kept), kept)
 
 
 def _map_flows(instance: Instance, change: Callable[[Flow], Flow]) -> Instance:
@@ -95,24 +103,33 @@ def _roles(instance: Instance) -> list[list[tuple[int, ...]]]:
     return roles
 
 
-def _most_bytes(instance: Instance) -> tuple[float, ...]:
-    """The most bytes that a choice of each node may hold while all others hold their least, or its own least."""
-    least = [min(choice.nbytes for choice in node.choices) for node in instance.nodes]
-    held = sum(node.count * nbytes for node, nbytes in zip(instance.nodes, least, strict=True))
-    room = max(0.0, instance.budget * (1.0 + ROUNDING) - held)
-    return tuple(nbytes + room / node.count for node, nbytes in zip(instance.nodes, least, strict=True))
+def _fitting(instance: Instance) -> list[tuple[int, ...]]:
+    """The choices of each node that fit the budget while all others hold their least, or that hold the least."""
+    bytes_of, fitting = ledger(instance), []
+    least = [bytes_of.node(n).min(1) for n in range(len(instance.nodes))]
+    room = instance.budget * (1.0 + ROUNDING) - np.sum(least, axis=0)
+    for n in range(len(instance.nodes)):
+        beyond = bytes_of.node(n) - least[n][:, None]
+        fitting.append(tuple(int(c) for c in np.flatnonzero((beyond <= np.maximum(room, 0.0)[:, None]).all(0))))
+    return fitting
 
 
-def _undominated(choices: tuple[Choice, ...], roles: list[tuple[int, ...]], most: float) -> tuple[int, ...]:
-    """The choices of at most `most` bytes to keep, ascending; of equal ones the first."""
+def _undominated(choices: tuple[Choice, ...], roles: list[tuple[int, ...]], fitting: tuple[int, ...],
+                 counted: int) -> tuple[int, ...]:
+    """Those of the `fitting` choices to keep, ascending; of equal ones the first. The first `counted` costs count."""
     kept: dict[tuple[int, ...], list[int]] = {}
-    figures = [(choice.forward, choice.backward, choice.optimizer, choice.nbytes) for choice in choices]
-    counted = 3 if math.isinf(most) else 4
-    for c in sorted((c for c, choice in enumerate(choices) if choice.nbytes <= most), key=lambda c: (figures[c], c)):
+    figures = {c: choices[c].costs[:counted] for c in fitting}
+    for c in sorted(fitting, key=lambda c: (figures[c], c)):
         rivals = kept.setdefault(tuple(role[c] for role in roles), [])
-        if not any(all(map(operator.le, figures[rival][:counted], figures[c])) for rival in rivals):
+        if not any(all(map(operator.le, figures[rival], figures[c])) for rival in rivals):
             rivals.append(c)
     return tuple(sorted(c for rivals in kept.values() for c in rivals))
+
+
+def restrict(instance: Instance, kept: tuple[tuple[int, ...], ...]) -> Instance:
+    """`instance` with only the choices `kept` of each node."""
+    nodes = tuple(replace(node, choices=_pick(node.choices, of)) for node, of in zip(instance.nodes, kept, strict=True))
+    return _map_flows(replace(instance, nodes=nodes), lambda flow: _merge_specs(_keep(flow, kept)))
 
 
 def _keep(flow: Flow, kept: tuple[tuple[int, ...], ...]) -> Flow:

@@ -12,7 +12,7 @@
     pay_once   r[f,s,t] ≥ e[f,k,s,t]                                           for every k; one k alone has r = e
     overlap    T[g,p] ≥ Σ_n seconds_p · x + Σ_{f not of parameters} seconds_p · r
                T[g,p] ≥ Σ_{f of parameters} seconds_p · r                      where g has any, else T is the first sum
-    remember   Σ_n count · bytes · x ≤ budget
+    remember   Σ_n bytes_r · x ≤ budget                                        for every row r of the ledger
 
     minimise   Σ_g count · Σ_p T[g,p] + Σ_n count · optimizer seconds · x
 
@@ -30,27 +30,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
-from autopar.core.errors import AutoparError, Infeasible
-from autopar.core.sharding import Flow, Instance, Node, Segment, Solution, price
-from autopar.solver.advice import bytes_only, missing_ways, ways_only
+from autopar.core.sharding import PHASES, Flow, Instance, Ledger, Node, Phase, Segment, Solution, ledger, price
+from autopar.solver.advice import no_seconds
 from autopar.solver.flows import Pairs, Take, transport
 from autopar.solver.model import Model, Outcome, Variable
-from autopar.solver.presolve import presolve
 
-Phase = Literal["forward", "backward"]
-PHASES: tuple[Phase, ...] = ("forward", "backward")
 Costs = list[tuple[Variable, float]]
 LARGEST = 1e6
 ROOM, MARGIN = 1e3, 1e-5
 """The scaled right side of the memory row, and what is added to it."""
-MOST_EXCLUDED = 32
-"""How many solutions over the budget by less than the margin are ruled out, one by one, before giving up."""
 AGREEMENT = 1e-6
 """The relative difference allowed between the model's seconds and those of `core.sharding.price`."""
-GIB = 2.0 ** 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +57,34 @@ class Draft:
 def formulate(instance: Instance) -> Model:
     """The model of the module docstring. Every node has a choice; seconds of compute and flows are not negative."""
     model = Model("sharding", max(_coefficients(instance), default=0.0) / LARGEST or 1.0)
+    draft, objective = _draft(model, instance)
+    remember(draft)
+    model.minimise(objective)
+    return model
+
+
+def formulate_bytes(instance: Instance) -> Model:
+    """The same choices and ways, minimising B ≥ Σ_n bytes_r · x for every row r of the ledger, whatever the budget."""
+    bytes_of = ledger(instance)
+    model = Model("bytes", float(bytes_of.table.max(initial=1.0)) / LARGEST)
+    draft, _ = _draft(model, no_seconds(instance))
+    most = model.amount("B")
+    for r in range(len(bytes_of.table)):
+        beyond, least = _beyond(draft, bytes_of, r)
+        model.at_least([(most, 1.0), *((x, -nbytes / model.unit) for x, nbytes in beyond)], least / model.unit)
+    model.minimise([(most, 1.0)])
+    return model
+
+
+def _draft(model: Model, instance: Instance) -> tuple[Draft, Costs]:
+    """The rows that both models have, and the units of a step."""
     draft = Draft(instance, model, tuple(choose(model, n, node) for n, node in enumerate(instance.nodes)))
     objective = [(x, node.count * choice.optimizer / model.unit)
                  for node, taken in zip(instance.nodes, draft.take, strict=True)
                  for choice, x in zip(node.choices, taken, strict=True)]
     for g, segment in enumerate(instance.segments):
         objective += [(variable, segment.count * units) for variable, units in overlap(draft, g, segment)]
-    remember(draft)
-    model.minimise(objective)
-    return model
+    return draft, objective
 
 
 def choose(model: Model, n: int, node: Node) -> tuple[Variable, ...]:
@@ -104,20 +115,27 @@ def longest(model: Model, name: str, *sums: Costs) -> Costs:
 
 
 def remember(draft: Draft) -> None:
-    """The bytes of all nodes stay within the budget."""
-    least = [node.count * min(choice.nbytes for choice in node.choices) for node in draft.instance.nodes]
-    beyond = [(x, node.count * choice.nbytes - least[n]) for n, node in enumerate(draft.instance.nodes)
-              for choice, x in zip(node.choices, draft.take[n], strict=True)]
-    room = draft.instance.budget - sum(least)
-    if math.isfinite(room):
-        scale = ROOM / (abs(room) or max(nbytes for _, nbytes in beyond) or 1.0)
-        draft.model.at_most([(x, nbytes * scale) for x, nbytes in beyond if nbytes], room * scale + MARGIN)
+    """No row of the ledger exceeds the budget."""
+    if math.isfinite(draft.instance.budget):
+        bytes_of = ledger(draft.instance).binding(draft.instance.budget)
+        for r in range(len(bytes_of.table)):
+            beyond, least = _beyond(draft, bytes_of, r)
+            room = draft.instance.budget - least
+            scale = ROOM / (abs(room) or max(nbytes for _, nbytes in beyond) or 1.0)
+            draft.model.at_most([(x, nbytes * scale) for x, nbytes in beyond if nbytes], room * scale + MARGIN)
+
+
+def _beyond(draft: Draft, bytes_of: Ledger, r: int) -> tuple[Costs, float]:
+    """The bytes of row r that each choice holds beyond the least of its node, and the least of all nodes."""
+    rows = [bytes_of.node(n)[r] for n in range(len(draft.take))]
+    beyond = [(x, float(nbytes - row.min())) for taken, row in zip(draft.take, rows, strict=True)
+              for x, nbytes in zip(taken, row, strict=True)]
+    return beyond, float(sum(row.min() for row in rows))
 
 
 def decode(instance: Instance, outcome: Outcome) -> Solution:
     """The choices taken, priced anew; asserts that the model and `core.sharding.price` agree on the seconds."""
-    taken = ([outcome.values[f"x({n},{c})"] for c in range(len(node.choices))] for n, node in enumerate(instance.nodes))
-    choices = tuple(levels.index(max(levels)) for levels in taken)
+    choices = taken_in(instance, outcome)
     priced = price(instance, choices)
     assert math.isclose(priced.seconds, outcome.objective, rel_tol=AGREEMENT, abs_tol=1e-15), \
         f"the model says {outcome.objective} s, the formulas {priced.seconds} s"
@@ -125,47 +143,10 @@ def decode(instance: Instance, outcome: Outcome) -> Solution:
     return Solution(outcome.status, choices, priced.seconds, priced.nbytes, bound, outcome.solve_seconds)
 
 
-def optimise(instance: Instance, solver: str = "cbc", limit_s: float | None = None) -> Solution:
-    """The solution of least seconds, or the best found within `limit_s`. Raises Infeasible with what is needed."""
-    for node in instance.nodes:
-        if not node.choices:
-            raise Infeasible(f"{node.name} has no choice, needed is at least one; being replicated is always possible")
-    reduced = presolve(instance)
-    model = formulate(reduced.instance)
-    for _ in range(MOST_EXCLUDED):
-        outcome = model.solve(solver, limit_s)
-        if outcome.status == "infeasible":
-            raise _refusal(instance, solver)
-        if outcome.status == "unsolved":
-            raise AutoparError(f"{solver} found no solution of {model} within {limit_s} s; allow it more")
-        solution = decode(reduced.instance, outcome)
-        if solution.nbytes <= instance.budget:
-            return replace(solution, choices=reduced.restore(solution.choices))
-        _exclude(model, solution.choices)
-    raise AutoparError(f"{MOST_EXCLUDED} solutions exceed the budget, {instance.budget:.0f} bytes, by next to nothing; "
-                       "lower it by a millionth")
-
-
-def least_bytes(instance: Instance, solver: str = "cbc") -> float:
-    """The smallest budget that has a solution, in bytes. Raises Infeasible when none has."""
-    return optimise(bytes_only(instance), solver).seconds
-
-
-def _refusal(instance: Instance, solver: str) -> Infeasible:
-    """Why there is no solution. Raises Infeasible where not even a budget without end would do."""
-    if math.isfinite(instance.budget):
-        needed = least_bytes(instance, solver)
-        assert needed > instance.budget, f"{solver} finds nothing within {instance.budget} bytes, {needed} are enough"
-        return Infeasible(f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes), budget "
-                          f"{instance.budget / GIB:.3f} GiB ({instance.budget:.0f} bytes); raise the budget, use more "
-                          "devices or a smaller batch", needed)
-    missing = missing_ways(instance, optimise(ways_only(instance), solver).choices)
-    return Infeasible(f"no choice fits the connections: whatever is chosen, at least {len(missing)} cannot be made, "
-                      f"such as {'; '.join(missing[:3])}; allow more choices there")
-
-
-def _exclude(model: Model, choices: tuple[int, ...]) -> None:
-    model.at_most([(model.variables[f"x({n},{c})"], 1.0) for n, c in enumerate(choices)], len(choices) - 1.0)
+def taken_in(instance: Instance, outcome: Outcome) -> tuple[int, ...]:
+    """The choices of an outcome."""
+    taken = ([outcome.values[f"x({n},{c})"] for c in range(len(node.choices))] for n, node in enumerate(instance.nodes))
+    return tuple(levels.index(max(levels)) for levels in taken)
 
 
 def _coefficients(instance: Instance) -> Iterator[float]:

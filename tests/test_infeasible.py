@@ -12,7 +12,7 @@ from autopar.cli import main
 from autopar.core.cluster import Cluster
 from autopar.core.errors import Infeasible
 from autopar.planner import Request, shapes_for, solve
-from autopar.solver.sharding import optimise
+from autopar.solver.optimise import optimise
 from tests.programs import model_context
 from tests.solver.instances import INF, least_seconds, random_instance
 

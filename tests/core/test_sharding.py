@@ -1,10 +1,24 @@
 """The price of a choice, on cases small enough for pencil and paper."""
 
 import math
+import random
 
 import pytest
 
-from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Priced, Segment, Solution, price
+from autopar.core.sharding import (
+    Choice,
+    Consumer,
+    Flow,
+    Instance,
+    Moment,
+    Node,
+    Priced,
+    Segment,
+    Solution,
+    ledger,
+    price,
+)
+from tests.solver.instances import random_instance
 
 FREE = Choice("free")
 WORK = Choice("work", forward=2.0, backward=4.0)
@@ -84,3 +98,23 @@ def test_seconds_are_the_sum() -> None:
 @pytest.mark.parametrize(("seconds", "bound", "gap"), [(10, 10, 0), (10, 8, 0.2), (10, 10.5, 0)])
 def test_gap(seconds: float, bound: float, gap: float) -> None:
     assert Solution("optimal", (), seconds, 0, bound, 0).gap == pytest.approx(gap)
+
+
+def test_the_ledger_holds_what_prices_say() -> None:
+    for seed in range(100):
+        problem, generator = random_instance(seed), random.Random(seed)
+        taken = tuple(generator.randrange(len(node.choices)) for node in problem.nodes)
+        assert float(ledger(problem).of(taken).max()) == pytest.approx(price(problem, taken).nbytes, rel=1e-12)
+
+
+@pytest.mark.parametrize(("moment", "nbytes"), [
+    (Moment("m", (0, 0), (0, 0)), 25.0), (Moment("m", (2, 0), (0, 0)), 31.0), (Moment("m", (0, 0), (1, 1)), 65.0),
+    (Moment("m", (0, 0), (0, 0), parameters=(0, 1)), 25.0 + 300.0),
+    (Moment("m", (0, 0), (0, 0), ops=(0, 1)), 25.0 + 200.0), (Moment("m", (0, 0), (0, 0), (0,), (1,)), 25.0 + 300.0),
+])
+def test_bytes_of_a_moment(moment: Moment, nbytes: float) -> None:
+    """Two of the first node and one of the second are held all the time: 2 · 10 + 5."""
+    first = Choice("a", nbytes=10.0, saved=3.0, gradient=30.0, working=100.0)
+    second = Choice("b", nbytes=5.0, saved=1.0, gradient=10.0, working=200.0)
+    problem = Instance((Node("a", (first,), 2), Node("b", (second,))), (), moments=(moment,))
+    assert price(problem, (0, 0)).nbytes == nbytes

@@ -7,7 +7,7 @@ import math
 import random
 from dataclasses import replace
 
-from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segment, price
+from autopar.core.sharding import Choice, Consumer, Flow, Instance, Moment, Node, Segment, price
 
 Table = tuple[tuple[float, ...], ...]
 INF = math.inf
@@ -35,7 +35,17 @@ def random_flow(rng: random.Random, nodes: tuple[Node, ...], name: str) -> Flow:
 def random_choice(rng: random.Random, name: str) -> Choice:
     forward, backward, optimizer = (rng.choice((0.0, 1e-3, 10 ** rng.uniform(-6, -1))) for _ in range(3))
     nbytes = rng.randrange(100) * 10 ** rng.randrange(9) + rng.randrange(3)
-    return Choice(name, forward, backward, optimizer, float(nbytes))
+    saved, gradient, working = (float(rng.choice((0, rng.randrange(100) * 10 ** rng.randrange(9)))) for _ in range(3))
+    return Choice(name, forward, backward, optimizer, float(nbytes), saved, gradient, working)
+
+
+def random_moment(rng: random.Random, nodes: tuple[Node, ...], name: str) -> Moment:
+    """A moment with any of the nodes as parameters and ops."""
+    def counts() -> tuple[int, ...]:
+        return tuple(rng.randint(0, node.count) for node in nodes)
+    def some() -> tuple[int, ...]:
+        return tuple(rng.sample(range(len(nodes)), rng.randrange(len(nodes))))
+    return Moment(name, counts(), counts(), some(), some())
 
 
 def random_instance(seed: int) -> Instance:
@@ -47,7 +57,8 @@ def random_instance(seed: int) -> Instance:
         Segment(f"s{g}", rng.randint(1, 24), tuple(rng.sample(range(len(nodes)), rng.randint(1, len(nodes)))),
                 tuple(random_flow(rng, nodes, f"f{g}{f}") for f in range(rng.randint(0, 4))))
         for g in range(rng.randint(1, 3)))
-    instance = Instance(nodes, segments)
+    moments = tuple(random_moment(rng, nodes, f"m{m}") for m in range(rng.choice((0, 0, 1, 2, 3))))
+    instance = Instance(nodes, segments, moments=moments)
     taken = tuple(rng.randrange(len(node.choices)) for node in nodes)
     return replace(instance, budget=rng.choice((INF, price(instance, taken).nbytes - rng.randrange(2))))
 
@@ -58,18 +69,33 @@ def least_seconds(instance: Instance) -> float:
     return min((p.seconds for p in every if p.nbytes <= instance.budget), default=INF)
 
 
-def layered(depth: int, width: int, turning: bool = False) -> Instance:
-    """A chain of `depth` nodes of `width` choices with flows to the next node and to one of the next three.
+def least_held(instance: Instance) -> float:
+    """The smallest budget with a solution, by trying every choice for every node; infinite when there is no way."""
+    every = (price(instance, taken) for taken in itertools.product(*(range(len(n.choices)) for n in instance.nodes)))
+    return min((p.nbytes for p in every if p.seconds < INF), default=INF)
 
-    A node emits the spec it wants, or any other when `turning`, which is far harder.
-    """
+
+def tangled(size: int, width: int) -> Instance:
+    """`size` nodes of `width` choices with three times as many flows between any two of them: no order helps."""
+    rng = random.Random(size)
+    nodes = tuple(Node(f"n{n}", tuple(Choice(f"c{c}", rng.random(), rng.random()) for c in range(width)))
+                  for n in range(size))
+    def flow(name: str) -> Flow:
+        producer, consumer = rng.sample(range(size), 2)
+        way, every = tuple(tuple(rng.random() for _ in range(width)) for _ in range(width)), tuple(range(width))
+        return Flow(name, producer, every, (Consumer(consumer, every),), way, way)
+    flows = tuple(flow(f"f{f}") for f in range(3 * size))
+    return Instance(nodes, (Segment("s", 1, tuple(range(size)), flows),))
+
+
+def layered(depth: int, width: int) -> Instance:
+    """A chain of `depth` nodes of `width` choices with flows to the next node and to one of the next three."""
     rng, specs = random.Random(depth), 10
     nodes = tuple(Node(f"n{n}", tuple(Choice(f"c{c}", rng.uniform(1e-4, 1e-3), rng.uniform(1e-4, 1e-3),
                                              nbytes=float(rng.randrange(10 ** 9))) for c in range(width)))
                   for n in range(depth))
     wants = [tuple(rng.randrange(specs) for _ in range(width)) for _ in nodes]
-    emits = [tuple(rng.randrange(specs) for _ in range(width)) for _ in nodes] if turning else wants
     way = tuple(tuple(1e-4 * abs(s - t) for t in range(specs)) for s in range(specs))
     pairs = [(n, min(depth - 1, n + step)) for n in range(depth - 1) for step in (1, rng.randint(1, 3))]
-    flows = tuple(Flow(f"f{p}{c}", p, emits[p], (Consumer(c, wants[c]),), way, way) for p, c in pairs)
+    flows = tuple(Flow(f"f{p}{c}", p, wants[p], (Consumer(c, wants[c]),), way, way) for p, c in pairs)
     return Instance(nodes, (Segment("s", 12, tuple(range(depth)), flows),))

@@ -8,10 +8,9 @@ import pytest
 
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segment, price
-from autopar.solver.advice import bytes_only
-from autopar.solver.model import Model, Outcome
-from autopar.solver.sharding import decode, formulate, least_bytes, optimise
-from tests.solver.instances import EXACT, INF, Table, layered, least_seconds, random_instance
+from autopar.solver.optimise import least_bytes, optimise
+from autopar.solver.sharding import decode, formulate
+from tests.solver.instances import EXACT, INF, Table, layered, least_held, least_seconds, random_instance, tangled
 
 
 def check_against_brute_force(instance: Instance, solver: str) -> str:
@@ -46,9 +45,8 @@ def test_the_model_without_presolve_is_exact_too() -> None:
 
 def test_least_bytes_is_that_of_brute_force() -> None:
     for instance in map(random_instance, range(100)):
-        free = replace(instance, budget=INF)
-        if least_seconds(free) < INF:
-            assert least_bytes(free, "highs") == pytest.approx(least_seconds(bytes_only(free)), rel=EXACT)
+        if (least := least_held(instance)) < INF:
+            assert least_bytes(instance, "highs") == pytest.approx(least, rel=EXACT)
 
 
 def chain(*choices: tuple[Choice, ...], way: Table = ((0.0, 1.0), (1.0, 0.0)), budget: float = INF) -> Instance:
@@ -112,14 +110,15 @@ def test_a_node_without_choices_is_refused() -> None:
 
 
 def test_no_time_to_solve_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Model, "solve", lambda *_: Outcome("unsolved", INF, -INF, {}, 0.0))
+    monkeypatch.setattr("autopar.solver.optimise._known", lambda *_: None)
+    monkeypatch.setattr("autopar.solver.optimise._solved", lambda *_: None)
     with pytest.raises(AutoparError, match=r"found no solution of sharding: \d+ variables, \d+ rows within 0\.1 s"):
         optimise(chain(CHEAP_FIRST, CHEAP_SECOND), limit_s=0.1)
 
 
 @pytest.mark.parametrize("solver", ["cbc", "highs"])
 def test_a_time_limit_leaves_a_gap(solver: str) -> None:
-    instance = layered(60, 20, turning=True)
+    instance = tangled(40, 12)
     found = optimise(instance, solver, limit_s=2.0)
     assert found.status == "feasible"
     assert found.seconds == pytest.approx(price(instance, found.choices).seconds)

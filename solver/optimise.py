@@ -1,0 +1,123 @@
+"""The best choices for a sharding instance, proven: presolve, bound, strike out, solve what is left.
+
+    presolve     an instance with the same optimum and fewer choices
+    raise_bound  a lower bound of its seconds, choices close to it, and prices
+    survivors    the choices that a better solution may take: few, where the bound is close
+    formulate    the integer model of those, solved by CBC or HiGHS
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+from autopar.core.errors import AutoparError, Infeasible
+from autopar.core.sharding import Instance, Solution, ledger, price
+from autopar.solver.advice import missing_ways, no_seconds, ways_only
+from autopar.solver.dual import Bound, raise_bound, survivors
+from autopar.solver.model import Model
+from autopar.solver.presolve import ALL_COSTS, Reduced, presolve, restrict
+from autopar.solver.sharding import decode, formulate, formulate_bytes, taken_in
+
+MOST_EXCLUDED = 32
+"""How many solutions over the budget by less than the margin are ruled out, one by one, before giving up."""
+WIDE = 1e-3
+"""The relative distance of the best solution met to the bound from which a better one is looked for first."""
+GIB = 2.0 ** 30
+Kept = tuple[tuple[int, ...], ...]
+
+
+def optimise(instance: Instance, solver: str = "cbc", limit_s: float | None = None) -> Solution:
+    """The solution of least seconds, or the best found within `limit_s`. Raises Infeasible with what is needed."""
+    start = time.perf_counter()
+    for node in instance.nodes:
+        if not node.choices:
+            raise Infeasible(f"{node.name} has no choice, needed is at least one; being replicated is always possible")
+    reduced = presolve(instance)
+    small = reduced.instance
+    if len(ledger(instance).binding(instance.budget).table) and least_bytes(instance, solver) > instance.budget:
+        raise _refusal(instance, solver)
+    bound = raise_bound(small, solver, None if limit_s is None else limit_s / 3)
+    if math.isinf(bound.seconds):
+        raise _no_way(instance, solver)
+    known = _known(small, bound, solver, limit_s)
+    kept = survivors(bound, known.seconds) if known else _all(small)
+    left = None if limit_s is None else max(0.1, limit_s - (time.perf_counter() - start))
+    solved = _solved(small, kept, solver, left)
+    found = _better(solved, known)
+    if found is None:
+        raise AutoparError(f"{solver} found no solution of {formulate(small)} within {limit_s} s; allow it more")
+    least = min(found.seconds, max(solved.bound if solved else 0.0, bound.seconds))
+    return Solution("optimal" if least == found.seconds else "feasible", reduced.restore(found.choices), found.seconds,
+                    found.nbytes, least, time.perf_counter() - start)
+
+
+def _known(instance: Instance, bound: Bound, solver: str, limit_s: float | None) -> Solution | None:
+    """The best solution met on the way to the bound; where it is far from it, the best of the choices met."""
+    known = None
+    if bound.choices is not None:
+        priced = price(instance, bound.choices)
+        known = Solution("feasible", bound.choices, priced.seconds, priced.nbytes, bound.seconds, 0.0)
+    if known and known.gap <= WIDE:
+        return known
+    met = tuple(tuple(sorted({made.choices[n] for made in bound.cuts})) for n in range(len(instance.nodes)))
+    combined = _solved(instance, met, solver, None if limit_s is None else limit_s / 3)
+    return _better(replace(combined, bound=bound.seconds) if combined else None, known)
+
+
+def _all(instance: Instance) -> Kept:
+    return tuple(tuple(range(len(node.choices))) for node in instance.nodes)
+
+
+def _better(one: Solution | None, other: Solution | None) -> Solution | None:
+    """The one of fewer seconds, the first of equals."""
+    found = [solution for solution in (one, other) if solution is not None]
+    return min(found, key=lambda solution: solution.seconds, default=None)
+
+
+def _solved(instance: Instance, kept: Kept, solver: str, limit_s: float | None) -> Solution | None:
+    """The best solution among the choices `kept`, None where there is none or time was short."""
+    few = restrict(instance, kept)
+    model = formulate(few)
+    for _ in range(MOST_EXCLUDED):
+        outcome = model.solve(solver, limit_s)
+        if outcome.status in ("infeasible", "unsolved"):
+            return None
+        solution = decode(few, outcome)
+        if solution.nbytes <= instance.budget:
+            return replace(solution, choices=Reduced(few, kept).restore(solution.choices))
+        _exclude(model, solution.choices)
+    raise AutoparError(f"{MOST_EXCLUDED} solutions exceed the budget, {instance.budget:.0f} bytes, by next to nothing; "
+                       "lower it by a millionth")
+
+
+def least_bytes(instance: Instance, solver: str = "cbc") -> float:
+    """The smallest budget that has a solution, in bytes. Raises Infeasible when none has."""
+    reduced = presolve(replace(no_seconds(instance), budget=math.inf), ALL_COSTS).instance
+    outcome = formulate_bytes(reduced).solve(solver)
+    if outcome.status == "infeasible":
+        raise _no_way(instance, solver)
+    return price(reduced, taken_in(reduced, outcome)).nbytes
+
+
+def _refusal(instance: Instance, solver: str) -> Infeasible:
+    """Why there is no solution. Raises Infeasible where not even a budget without end would do."""
+    if math.isfinite(instance.budget):
+        needed = least_bytes(instance, solver)
+        assert needed > instance.budget, f"{solver} finds nothing within {instance.budget} bytes, {needed} are enough"
+        return Infeasible(f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes), budget "
+                          f"{instance.budget / GIB:.3f} GiB ({instance.budget:.0f} bytes); raise the budget, use more "
+                          "devices or a smaller batch", needed)
+    return _no_way(instance, solver)
+
+
+def _no_way(instance: Instance, solver: str) -> Infeasible:
+    """What stands in the way of any solution."""
+    missing = missing_ways(instance, optimise(ways_only(instance), solver).choices)
+    return Infeasible(f"no choice fits the connections: whatever is chosen, at least {len(missing)} cannot be made, "
+                      f"such as {'; '.join(missing[:3])}; allow more choices there")
+
+
+def _exclude(model: Model, choices: tuple[int, ...]) -> None:
+    model.at_most([(model.variables[f"x({n},{c})"], 1.0) for n, c in enumerate(choices)], len(choices) - 1.0)
