@@ -2,6 +2,7 @@
 
     mode       mesh        an axis may
     ddp        (d)         cut the batch; parameters rest whole
+    zero1      (d)         ddp's compute, optimizer state sharded; the same as zero2, see below
     zero2      (d)         cut the batch; parameters and optimizer state rest sharded, kept whole from use to use
     zero3      (d)         cut the batch; parameters rest sharded and are gathered again in the backward
     1d         (t)         cut parameters and what is made of them
@@ -11,6 +12,10 @@
     2.5d       (d, q, q)   the batch on axis 0, 2d on axes 1 and 2, weights replicated over 0
     3d         (q, q, q)   rows, columns and the summed dim of every matmul, weights over all three at rest
     auto       any         everything
+
+ZeRO-1 shards the optimizer's state alone, so that each rank holds whole gradients after their sum. Here parameters
+rest as DTensors and their gradients are summed straight to the owner of a shard, which moves no more bytes and holds
+fewer: a plan for zero1 runs exactly as one for zero2.
 
 Sources: Megatron-LM (1d), Korthikanti et al. 2022 (sequence), Rajbhandari et al. 2020 (ZeRO), Xu et al. 2021 (2d),
 Wang et al. 2021 (2.5d), Bian et al. 2021 (3d).
@@ -29,6 +34,7 @@ from autopar.core.mesh import mesh_shapes
 Role = Literal["batch", "data", "model"]
 Part = Literal["rows", "columns", "inner"]
 Shape = tuple[int, ...]
+MOST_AXES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +79,43 @@ class Mode:
     def on(self, shape: Shape) -> tuple[AxisMode, ...]:
         """What each axis of a mesh may do; a mode of one axis takes several of its kind.
 
-        Raises AutoparError for a mesh that the mode does not take.
+        Raises AutoparError for a mesh that the mode does not take, or one of more than MOST_AXES.
         """
+        if len(shape) > MOST_AXES:
+            raise AutoparError(f"mesh {_text(shape)} has {len(shape)} axes, a mesh has 1 to {MOST_AXES}; join some, "
+                               f"such as {_text((math.prod(shape[:-1]), shape[-1]))}")
         if len(self.axes) == 1:
             return self.axes * len(shape)
-        if shape not in self.shapes(math.prod(shape)):
-            raise AutoparError(f"mode {self.name} wants {self.wants}, not a mesh {'x'.join(map(str, shape))}")
+        devices = math.prod(shape)
+        fitting = self.shapes(devices)
+        if shape not in fitting:
+            instead = f"mesh {_either(fitting)}" if fitting else self._near(devices)
+            raise AutoparError(f"mode {self.name} wants {self.wants}, not a mesh {_text(shape)} of {devices}; use "
+                               f"{instead}, or another mode")
         return self.axes
 
     def shapes_for(self, devices: int) -> tuple[Shape, ...]:
         """The mesh shapes to try on so many devices. Raises AutoparError when there is none."""
         found = self.shapes(devices)
         if not found:
-            raise AutoparError(f"mode {self.name} wants {self.wants}, the cluster has {devices} devices; use another "
-                               "number of devices or another mode")
+            raise AutoparError(f"mode {self.name} wants {self.wants}, the cluster has {devices}; use "
+                               f"{self._near(devices)}, or another mode")
         return found
+
+    def _near(self, devices: int) -> str:
+        """The numbers of devices next below and above that the mode takes, with a mesh for each."""
+        # The next cube is less than eight times as far.
+        near = [next((n for n in numbers if self.shapes(n)), None)
+                for numbers in (range(devices - 1, 1, -1), range(devices + 1, 8 * devices + 1))]
+        return " or ".join(f"{n} devices ({_either(self.shapes(n))})" for n in near if n is not None)
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _either(shapes: tuple[Shape, ...]) -> str:
+    return " or ".join(map(_text, shapes[:3]))
 
 
 def _line(devices: int) -> tuple[Shape, ...]:
@@ -120,6 +148,7 @@ def _up_to_two(devices: int) -> tuple[Shape, ...]:
 _TABLE = (
     Mode("auto", (_FREE,), _up_to_two, "any mesh"),
     Mode("ddp", (_data("R"),), _line, "one axis"),
+    Mode("zero1", (_data("K"),), _line, "one axis"),
     Mode("zero2", (_data("K"),), _line, "one axis"),
     Mode("zero3", (_data("Z"),), _line, "one axis"),
     Mode("1d", (_TENSOR,), _line, "one axis"),

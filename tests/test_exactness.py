@@ -64,6 +64,11 @@ def test_step_equals_the_plain_models(pool: Any, name: str, world_size: int, mod
         assert buffer_error <= TOLERANCE
 
 
+def test_zero1_equals_the_plain_model(pool: Any) -> None:
+    """Its plans are zero2's; that the mode is taken is what is left to see."""
+    assert max(max(errors) for errors in pool(2).run(check, "mlp", {"mode": "zero1"}, False)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("mode", ["ddp", "zero3", "1d", "auto"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_as_their_authors_wrote_them(pool: Any, name: str, mode: str) -> None:

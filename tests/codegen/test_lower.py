@@ -124,8 +124,8 @@ def test_any_of_many_decisions_computes_the_plain_step(name: str, mesh: Mesh) ->
     check(name, decisions(subject(name).context, mesh, SLOWLY * MODELS[name][1], seed=1))
 
 
-SHAPES = {"ddp": (4,), "zero2": (4,), "zero3": (4,), "1d": (4,), "sequence": (4,), "zero+1d": (2, 2), "2d": (2, 2),
-          "2.5d": (2, 2, 2), "3d": (2, 2, 2)}
+SHAPES = {"ddp": (4,), "zero1": (4,), "zero2": (4,), "zero3": (4,), "1d": (4,), "sequence": (4,), "zero+1d": (2, 2),
+          "2d": (2, 2), "2.5d": (2, 2, 2), "3d": (2, 2, 2)}
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
