@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
 
 from autopar.comparison import Comparison
 from autopar.console.edges import edge_costs
+from autopar.console.listing import listing
 from autopar.explanation import Explanation
 from autopar.passes.problem import Problem
 from autopar.plan import Plan
@@ -19,9 +21,9 @@ FIELDS = ("status", "gap", "model", "cluster", "mesh", "mode", "precision", "opt
 
 
 def as_text(plan: Plan) -> str:
-    """What the solver found, one line an op, the summary."""
+    """What the solver found, one line an op with equal layers once, the summary."""
     lines = [f"ILP Status: {plan.status}  Objective: {plan.seconds.step:.6f} s  Time: {plan.solve_s:.2f} s",
-             f"#nodes: {plan.nodes}, #edges: {plan.edges}", str(plan)]
+             f"#nodes: {plan.nodes}, #edges: {plan.edges}", listing(plan.ops, plan.parameters), "", plan.summary()]
     return "\n".join(lines)
 
 
@@ -31,11 +33,15 @@ def as_verbose_text(plan: Plan, problem: Problem) -> str:
 
 
 def as_json(compared: Comparison, total_s: float, explanation: Explanation | None = None) -> str:
-    """One object: seconds and bytes as numbers, every op by name. `total_s`: seconds since the command started."""
+    """One object: seconds and bytes as numbers, every op and parameter by name, layers written out.
+
+    `total_s`: seconds since the command started.
+    """
     plan = compared.plan
     return json.dumps({
         **{name: getattr(plan, name) for name in FIELDS},
         "ops": [{"name": op.name, "strategy": op.strategy, "segment": op.segment} for op in plan.ops if op.strategy],
+        "parameters": [dataclasses.asdict(parameter) for parameter in plan.parameters],
         "modes": compared.seconds, "modes_reason": compared.reasons, "total_s": total_s,
         **({"explanation": explanation_fields(explanation)} if explanation else {}),
     })

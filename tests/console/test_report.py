@@ -37,10 +37,11 @@ def test_json_is_one_object_of_numbers() -> None:
         "samples_per_s": pytest.approx(80.0), "tokens_per_s": None, "mfu": pytest.approx(0.06), "attention": "causal",
         "fallback_ops": ["odd (odd.default)"], "nodes": 3, "edges": 2, "solve_s": 1.5, "total_s": 9.0,
         "modes": {"auto": 0.1, "3d": None}, "modes_reason": {"3d": "wants a cube"},
-        "ops": [{"name": "layer1_0_conv1", "strategy": "S0R = S0R X RR", "segment": "layer1_0"}]}
+        "ops": [{"name": "layer1_0_conv1", "strategy": "S0R = S0R X RR", "segment": "layer1_0"}],
+        "parameters": [{"name": "layer1.0.conv1.weight", "storage": "R", "spec": "RRRR"}]}
 
 
 def test_json_tells_the_attributes_of_the_plan() -> None:
     found = json.loads(as_json(Comparison(PLAN, None, {}, {}), 9.0))  # type: ignore[arg-type]
     assert all(json.loads(json.dumps(getattr(PLAN, name))) == found[name] for name in FIELDS)
-    assert set(found) - set(FIELDS) == {"ops", "modes", "modes_reason", "total_s"}
+    assert set(found) - set(FIELDS) == {"ops", "parameters", "modes", "modes_reason", "total_s"}
