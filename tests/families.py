@@ -1,4 +1,4 @@
-"""Tiny random models of Hugging Face families, as their authors wrote them, without dropout."""
+"""Tiny random models of Hugging Face families, as their authors wrote them, with and without dropout."""
 
 from __future__ import annotations
 
@@ -40,17 +40,31 @@ IMAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
                  {"num_labels": 4, "hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2}),
 }
 FAMILIES = [*TEXT, *IMAGES]
+OWN: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**_IDS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS,
+                                               "n_positions": 2 * LENGTH}),
+    "resnet": ("ResNetForImageClassification", "ResNetConfig",
+               {"num_labels": 4, "embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 2]}),
+}
+"""Families that `tests.builders` has of its own for tests that run them."""
+SEEN = [*OWN, *FAMILIES]
 
 
 def family(name: str) -> Case:
-    """The model of a family with a batch for it."""
+    """The model of a family without dropout, with a batch for it."""
+    case = as_written(name)
+    _without_dropout(case.model)
+    return case
+
+
+def as_written(name: str) -> Case:
+    """The model of a family in train mode, all its dropout included, with a batch for it."""
     import transformers
     transformers.logging.set_verbosity_error()
-    model_name, config_name, arguments = (TEXT | IMAGES)[name]
+    model_name, config_name, arguments = (TEXT | IMAGES | OWN)[name]
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(getattr(transformers, config_name)(**arguments)).train()
-    _without_dropout(model)
-    if name in IMAGES:
+    if name in IMAGES or name == "resnet":
         return Case(model, {"pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": torch.randint(0, 4, (BATCH,))})
     tokens = torch.randint(2, VOCAB, (BATCH, LENGTH))
     return Case(model, {"input_ids": tokens, "labels": tokens})
