@@ -39,8 +39,11 @@ class Bound:
     choices: tuple[int, ...] | None
 
 
-def raise_bound(instance: Instance, solver: str, limit_s: float | None = None) -> Bound:
-    """The largest lower bound, or close to it or what `limit_s` seconds allow, and the best choices met on the way."""
+def raise_bound(instance: Instance, solver: str, enough: float = math.inf, limit_s: float | None = None) -> Bound:
+    """The largest lower bound, or close to it, and the best choices met on the way.
+
+    A bound of `enough` seconds will do, and so will what is found within `limit_s`.
+    """
     end = math.inf if limit_s is None else time.perf_counter() + limit_s
     net = network(instance)
     prices = free(net)
@@ -58,7 +61,7 @@ def raise_bound(instance: Instance, solver: str, limit_s: float | None = None) -
             seen.append((priced.seconds, choices))
         if value > best:
             best, prices = value, at
-        if min(seen, default=(math.inf,))[0] - best <= CLOSE * best or time.perf_counter() > end:
+        if min((enough, *(seconds for seconds, _ in seen))) - best <= CLOSE * best or time.perf_counter() > end:
             break
         aim, most = _aim(net, cuts, solver)
         if most - best <= CLOSE * best:

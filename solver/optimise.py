@@ -30,6 +30,13 @@ Kept = tuple[tuple[int, ...], ...]
 
 def optimise(instance: Instance, solver: str = "cbc", limit_s: float | None = None) -> Solution:
     """The solution of least seconds, or the best found within `limit_s`. Raises Infeasible with what is needed."""
+    found = improve(instance, math.inf, solver, limit_s)
+    assert found is not None
+    return found
+
+
+def improve(instance: Instance, beat: float, solver: str = "cbc", limit_s: float | None = None) -> Solution | None:
+    """As `optimise`; None as soon as no solution is proven to take fewer seconds than `beat`."""
     start = time.perf_counter()
     for node in instance.nodes:
         if not node.choices:
@@ -38,9 +45,11 @@ def optimise(instance: Instance, solver: str = "cbc", limit_s: float | None = No
     small = reduced.instance
     if len(ledger(instance).binding(instance.budget).table) and least_bytes(instance, solver) > instance.budget:
         raise _refusal(instance, solver)
-    bound = raise_bound(small, solver, None if limit_s is None else limit_s / 3)
+    bound = raise_bound(small, solver, beat, None if limit_s is None else limit_s / 3)
     if math.isinf(bound.seconds):
         raise _no_way(instance, solver)
+    if bound.seconds >= beat:
+        return None
     known = _known(small, bound, solver, limit_s)
     kept = survivors(bound, known.seconds) if known else _all(small)
     left = None if limit_s is None else max(0.1, limit_s - (time.perf_counter() - start))

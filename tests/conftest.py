@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from autopar.plan_cache import FOLDER
 from tests.pool import Pool
+
+os.environ[FOLDER] = "off"  # of workers and commands too
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segment, price
-from autopar.solver.optimise import least_bytes, optimise
+from autopar.solver.optimise import improve, least_bytes, optimise
 from autopar.solver.sharding import decode, formulate
 from tests.solver.instances import EXACT, INF, Table, layered, least_held, least_seconds, random_instance, tangled
 
@@ -130,3 +130,13 @@ def test_a_large_instance_is_solved_alike_by_both() -> None:
     first, second = optimise(instance, "cbc"), optimise(instance, "highs")
     assert first.seconds == pytest.approx(second.seconds, rel=EXACT)
     assert first == replace(optimise(instance, "cbc"), solve_seconds=first.solve_seconds)
+
+
+@pytest.mark.parametrize("solver", ["cbc", "highs"])
+def test_nothing_better_is_proven(solver: str) -> None:
+    for instance in map(random_instance, range(40)):
+        if (best := least_seconds(instance)) < INF:
+            found = improve(instance, best * 1.01 + 1e-12, solver)
+            assert found is not None and found.seconds == pytest.approx(best, rel=EXACT, abs=1e-15)
+            beaten = improve(instance, best * 0.5, solver)
+            assert beaten is None or beaten.seconds == pytest.approx(best, rel=EXACT, abs=1e-15)

@@ -1,0 +1,65 @@
+"""Plans kept between runs, found again by what they were made from.
+
+A plan's file is named by a hash of the program, the cluster, the request and this package's own source, so nothing
+that could change the plan leaves it in place. Files are plans like any other: read back they are checked by `verify`,
+and one that can't be read or verified is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+from autopar.core.cluster import Cluster
+from autopar.core.errors import AutoparError
+from autopar.passes.decision import Context
+from autopar.plan import Plan
+from autopar.planner import Report, Request, program_key, solve, verify
+
+FOLDER = "AUTOPAR_CACHE"
+"""The environment variable that names the folder; `off` keeps nothing."""
+
+
+def solve_or_recall(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> Plan:
+    """The plan that `solve` finds, from the folder of earlier ones where it is there. Raises AutoparError as `solve`."""
+    path = place(ctx, cluster, request)
+    if path is None:
+        return solve(ctx, cluster, request, report)[0]
+    with contextlib.suppress(AutoparError):
+        if path.exists():
+            found = dataclasses.replace(Plan.load(path), model=request.model)
+            verify(found, ctx, cluster)
+            report(f"plan {path.stem}, made before ({FOLDER}=off plans anew)")
+            return found
+    found = solve(ctx, cluster, request, report)[0]
+    if found.status == "Optimal":
+        with contextlib.suppress(AutoparError, OSError):  # a folder that can't be written only costs time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+    return found
+
+
+def place(ctx: Context, cluster: Cluster, request: Request) -> Path | None:
+    """Where the plan for a request is kept, None for nowhere."""
+    folder = os.environ.get(FOLDER, "")
+    if folder == "off":
+        return None
+    root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autopar"
+    asked = {**dataclasses.asdict(request), "model": None}
+    made_from = (program_key(ctx), cluster.key(), json.dumps(asked, sort_keys=True), source_key())
+    return root / "plans" / f"{hashlib.sha256(' '.join(made_from).encode()).hexdigest()[:16]}.json"
+
+
+@cache
+def source_key() -> str:
+    """A hash of this package's source."""
+    found, root = hashlib.sha256(), Path(__file__).parent
+    folders = [root, *(folder for folder in sorted(root.iterdir()) if folder.is_dir())]
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.py"))):
+        found.update(path.read_bytes())
+    return found.hexdigest()
