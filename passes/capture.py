@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from autopar.core.errors import AutoparError, CaptureError
+from autopar.passes.blame import blame, check_call, check_static
 
 Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
 COMPUTE_DTYPE: dict[str, torch.dtype] = {
@@ -87,15 +87,17 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
 
     The model's own mode (train or eval) is the program's. Raises CaptureError naming the user's line.
     """
-    if precision not in COMPUTE_DTYPE:
+    if precision not in tuple(COMPUTE_DTYPE):
         raise AutoparError(f"precision {precision!r} is not one of {', '.join(COMPUTE_DTYPE)}")
+    check_call(model, inputs, loss_fn)
     args, kwargs = pytree.tree_map_only(Tensor, _meta(COMPUTE_DTYPE[precision]), inputs)
     try:
         twin = meta_twin(model, COMPUTE_DTYPE[precision])
         module = twin if loss_fn is None else WithLoss(twin, loss_fn).train(model.training)
         exported = torch.export.export(module, args, kwargs, strict=False)
     except Exception as error:
-        raise CaptureError(_blame(error, model)) from error
+        raise CaptureError(blame(error, model)) from error
+    check_static(exported.graph_module.graph, model)
     return _named(exported, module, precision, LOSS_PREFIX if loss_fn is not None else "")
 
 
@@ -150,8 +152,12 @@ def keep_loss(program: Program) -> Program:
     scalars = [o for o in tensors if o.meta["val"].ndim == 0 and o.meta["val"].is_floating_point()]
     if not scalars:
         shapes = ", ".join(str(tuple(o.meta["val"].shape)) for o in tensors)
-        raise AutoparError(f"the model's outputs have shapes {shapes} and none is a scalar loss; pass the labels so "
-                           "that it returns its loss, or give loss_fn=")
+        found = f"the model's outputs have shapes {shapes}" if tensors else f"the model returns {outputs}, no tensor,"
+        raise AutoparError(f"{found} and none is a scalar loss; pass the labels so that it returns its loss, or give a "
+                           "loss_fn= that returns a scalar")
+    if not _depends_on_a_tensor(scalars[0], program):
+        raise AutoparError(f"the loss, output {scalars[0].name}, depends on no parameter and no input, so there is "
+                           "nothing to train; return a loss that is computed of them")
     output = next(iter(reversed(program.graph.nodes)))
     output.args = (tuple(o if o is scalars[0] else None for o in outputs),)
     return program
@@ -169,26 +175,14 @@ def _module_path(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack else ""
 
 
-def _blame(error: Exception, model: nn.Module) -> str:
-    """One line: what failed, and the innermost frame outside torch, which is the user's."""
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame.f_code.co_name))
-        trace = trace.tb_next
-    ours = (str(Path(torch.__file__).parent), __file__)
-    users = [f for f in frames if not f[0].startswith((*ours, "<"))]
-    where = f" at {users[-1][0]}:{users[-1][1]} in {users[-1][2]}" if users else ""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    kind = type(error).__name__
-    remedy = next((text for words, text in _REMEDIES if words in kind or words in said),
-                  "the call fails on inputs of these shapes: mend the forward or the inputs")
-    return f"{type(model).__name__} can't be exported{where}: {kind}: {said}; {remedy}"
-
-
-_REMEDIES = [
-    ("DataDependent", "make the forward free of control flow that depends on values, or compile the part that is"),
-    ("deepcopy", "the model holds something that can't be copied: move it out of the module"),
-    ("pickle", "the model holds something that can't be copied: move it out of the module"),
-]
-"""What to do about an error, by a word in its name or text."""
+def _depends_on_a_tensor(loss: fx.Node, program: Program) -> bool:
+    """Whether `loss` is computed of a parameter, a buffer or an input."""
+    given = {n for n in program.graph.nodes if n.op == "placeholder" and program.sources[n.name].kind != "constant"}
+    seen, left = {loss}, [loss]
+    while left:
+        node = left.pop()
+        if node in given:
+            return True
+        left += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return False

@@ -1,0 +1,15 @@
+"""How messages name a value that was not what it had to be."""
+
+from __future__ import annotations
+
+MOST = 60
+"""Characters of a value that are shown."""
+
+
+def told(value: object) -> str:
+    """`value` on one line, cut short where it is long, with its type."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        text = "a value that can't be printed"
+    return f"{text if len(text) <= MOST else text[:MOST - 3] + '...'}, of type {type(value).__name__}"
