@@ -1,0 +1,177 @@
+"""How long planning takes: each row is `autopar-solve ... --json` as a fresh process, beside its goal and a peer.
+
+    python benchmarks/planning.py --runs 3 --out benchmarks/results/planning.md
+
+Wall seconds are medians from process start to exit, memory is the process's largest resident set. `--json` also solves
+every other mode to compare; `plan s` is the wall of the same command without it. The peer is
+meta-pytorch/autoparallel, whose figures were measured once on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.core.files import write_whole
+
+GIB = 2.0**30
+LONGEST_S = 600
+"""A run that takes longer is ended and reported as failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One planning job; goals in wall seconds and GiB, and what the peer needs for it."""
+
+    name: str
+    arguments: str
+    goal_s: float
+    goal_gib: float
+    peer: str
+
+
+ROWS = (
+    Row("GPT-2 124M, mesh (4,2)", "--model gpt2 --cluster 8xA100-80GB --mesh 4x2 --batch 64 --seq 1024", 6, 1.0,
+        "71.5 s, 1.5 GiB"),
+    Row("Llama-8B, mesh (8,8)", "--model llama-8b --cluster 8x8xH100 --mesh 8x8 --batch 64 --seq 4096", 10, 1.5,
+        "122 s, 4.2 GiB"),
+    Row("Llama-8B, mesh (32,8)", "--model llama-8b --cluster 32x8xH100 --mesh 32x8 --batch 256 --seq 4096", 10, 1.5,
+        "137 s"),
+    Row("GPT-2 two layers, mesh (2,2,2)",
+        f"--model {Path(__file__).name}:two_layers --cluster 8xA100-80GB --mesh 2x2x2 --batch 64", 8, 1.5,
+        "> 900 s, ended"),
+    Row("GPT-2 124M, mesh (2,2,2)", "--model gpt2 --cluster 8xA100-80GB --mesh 2x2x2 --batch 64 --seq 1024", 8, 1.5,
+        "-"),
+    Row("ResNet-50, 4 devices", "--model resnet50 --cluster 4xA100-80GB --batch 256", 10, 1.5, "fails"),
+    Row("GPT-3 175B, 1,024 devices, mesh shapes searched",
+        "--model gpt3-175b --cluster 128x8xA100-80GB --batch 1024", 15, 1.5, "not possible"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One process: wall seconds, peak resident bytes, and what it printed as JSON, empty where it printed none."""
+
+    seconds: float
+    resident: float
+    told: dict[str, Any]
+
+
+def two_layers(batch: int = 64) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """GPT-2 124M with two layers, on meta."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=2, use_cache=False))
+        tokens = torch.zeros(batch, 1024, dtype=torch.long)
+    return model, {"input_ids": tokens, "labels": tokens}
+
+
+def run(arguments: Sequence[str]) -> Run:
+    """Plan in a fresh process. Raises RuntimeError with what it said when it fails, or takes longer than LONGEST_S."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "autopar.cli", *arguments], stdout=out, stderr=errors,
+                                   cwd=Path(__file__).parent)
+        process.returncode, usage = _ended(process.pid, start)
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            said = " ".join(errors.read().decode().split())
+            raise RuntimeError(f"status {process.returncode} after {seconds:.0f} s: {said[-300:]}")
+        printed = out.read().decode()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return Run(seconds, scale * usage.ru_maxrss, json.loads(printed) if "--json" in arguments else {})
+
+
+def _ended(pid: int, start: float) -> tuple[int, Any]:
+    """Exit status and resource usage of a child; it is ended when its time is over."""
+    while True:
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), usage
+        if time.perf_counter() - start > LONGEST_S:
+            os.kill(pid, 9)
+            return -9, os.wait4(pid, 0)[2]
+        time.sleep(0.01)
+
+
+def measured(row: Row, runs: int) -> str:
+    """One line of the table."""
+    given = shlex.split(row.arguments)
+    try:
+        full = [run([*given, "--json"]) for _ in range(runs)]
+        plain = statistics.median(run(given).seconds for _ in range(runs))
+    except RuntimeError as failure:
+        return _line([row.name, f"FAILED: {failure}"])
+    wall, resident = statistics.median(r.seconds for r in full), max(r.resident for r in full) / GIB
+    solve, total = (statistics.median(r.told[name] for r in full) for name in ("solve_s", "total_s"))
+    told = full[-1].told
+    met = "yes" if wall <= row.goal_s and resident <= row.goal_gib else "no"
+    spread = f"{wall:.1f} ({min(r.seconds for r in full):.1f}-{max(r.seconds for r in full):.1f})"
+    mesh = "x".join(map(str, told["mesh"]))
+    return _line([row.name, spread, f"{plain:.1f}", f"{solve:.2f}", f"{total:.1f}", f"{resident:.2f}",
+                  f"{100 * told['gap']:.3f} %", mesh, f"{1e3 * told['step_time_s']:.2f}",
+                  f"{row.goal_s:g} s, {row.goal_gib:g} GiB", met, row.peer])
+
+
+HEADER = ("work", "wall s", "plan s", "solve_s", "total_s", "peak GiB", "gap", "mesh", "step ms", "goal", "met", "peer")
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def machine() -> str:
+    """What this runs on."""
+    model = next((line.partition(":")[2].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")),
+                 platform.processor())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS", "unset")
+    return (f"{cores} cores of {model or platform.machine()}, load {os.getloadavg()[0]:.1f} at the start, Python "
+            f"{platform.python_version()}, torch {torch.__version__}, OMP_NUM_THREADS {threads}, "
+            f"{time.strftime('%Y-%m-%d')}")
+
+
+def _read(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def main() -> None:
+    """Print the table, and write it beside what made it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3, help="processes of each kind a row (default: 3)")
+    parser.add_argument("--only", default="", help="rows whose name contains this (default: all)")
+    parser.add_argument("--out", type=Path, help="also write the table, with command and machine, to this file")
+    options = parser.parse_args()
+    where = machine()
+    lines = [_line(HEADER), _line("---" for _ in HEADER)]
+    print(f"{where}\n\n" + "\n".join(lines), flush=True)
+    for row in ROWS:
+        if options.only in row.name:
+            lines.append(measured(row, options.runs))
+            print(lines[-1], flush=True)
+    if options.out:
+        given = "\n".join(f"autopar-solve {row.arguments} --json" for row in ROWS if options.only in row.name)
+        write_whole(options.out, "\n".join([
+            "# Planning, process start to exit", "", f"Machine: {where}.", "", "```",
+            f"python benchmarks/planning.py {shlex.join(sys.argv[1:])}", given, "```", "", *lines, ""]))
+
+
+if __name__ == "__main__":
+    main()
