@@ -2,9 +2,9 @@
 
     python benchmarks/planning.py --runs 3 --out benchmarks/results/planning.md
 
-Wall seconds are medians from process start to exit, memory is the process's largest resident set. `--json` also solves
-every other mode to compare; `plan s` is the wall of the same command without it. The peer is
-meta-pytorch/autoparallel, whose figures were measured once on two CPU cores.
+Wall seconds are medians from process start to exit, memory is the process's largest resident set, and no plan of an
+earlier run is taken up again. `--json` also solves every other mode to compare; `plan s` is the wall of the same
+command without it. The peer is meta-pytorch/autoparallel, whose figures were measured once on two CPU cores.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from autopar.core.files import write_whole
+from autopar.plan_cache import FOLDER
 
 GIB = 2.0**30
 LONGEST_S = 600
@@ -86,7 +87,7 @@ def run(arguments: Sequence[str]) -> Run:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-m", "autopar.cli", *arguments], stdout=out, stderr=errors,
-                                   cwd=Path(__file__).parent)
+                                   cwd=Path(__file__).parent, env={**os.environ, FOLDER: "off"})
         process.returncode, usage = _ended(process.pid, start)
         seconds = time.perf_counter() - start
         out.seek(0)
