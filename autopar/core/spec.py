@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from autopar.core.errors import AutoparError
@@ -64,6 +65,7 @@ class Spec:
         return tuple(sorted(axis for axes in self.dims for axis in axes))
 
 
+@lru_cache(maxsize=2**14)
 def from_states(states: tuple[State, ...], rank: int) -> Spec:
     """The spec of a tensor of `rank` dims in which axis a is in `states[a]`."""
     def where(wanted: State) -> tuple[int, ...]:

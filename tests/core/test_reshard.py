@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.core.mesh import Mesh
-from autopar.core.reshard import Cargo, Path, Primitive, Step, cheapest_path, local_parts, spec_after
-from autopar.core.spec import Spec, State, from_states, parse
+from autopar.core.reshard import MOVES_DATA, Cargo, Path, Primitive, Step, cheapest_path, routes, spec_after
+from autopar.core.spec import State, from_states, parse
 
 MESHES = (Mesh((2,)), Mesh((2, 3)), Mesh((4, 2)))
 RANK = 2
@@ -240,6 +242,45 @@ def test_no_sequence_is_cheaper_on_small_meshes(mesh: Mesh) -> None:
         assert case.path(LOAD, price).seconds == pytest.approx(exhaustive(case, LOAD, price)), case
 
 
+@pytest.mark.parametrize(("source", "target"), [
+    ((0, 0, 1), (1, 0, 0)), (("P", "P", 0), (0, 1, "G")), (("G", 1, "R"), (1, "R", 1)), ((0, 1, 0), ("P", 0, 1)),
+])
+def test_no_sequence_is_cheaper_on_three_axes(source: tuple[State, ...], target: tuple[State, ...]) -> None:
+    case = Case(Mesh((2, 3, 2)), source, target)
+    price = Link(case.mesh, 0.1)
+    assert case.path(LOAD, price).seconds == pytest.approx(exhaustive(case, LOAD, price))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([*MESHES, Mesh((2, 2, 2))]), st.tuples(*[st.sampled_from([2, 4, 6, 24])] * RANK), st.booleans(),
+       st.sampled_from([0.0, 0.1, 10.0]), st.integers(0, 2**32 - 1))
+def test_tables_agree_with_walked_paths(mesh: Mesh, sizes: tuple[int, ...], differentiable: bool, latency: float,
+                                        seed: int) -> None:
+    cargo, price, rng = Cargo(8.0, differentiable, sizes), Link(mesh, latency), random.Random(seed)
+    found = routes(RANK, mesh, cargo, price)
+    sources, targets = (rng.choices(found.graph.states, k=6) for _ in range(2))
+    forward, backward = found.seconds(sources, targets)
+    for (i, source), (j, target) in itertools.product(enumerate(sources), enumerate(targets)):
+        walked = cheapest_path(from_states(source, RANK), from_states(target, RANK), mesh, cargo, price)
+        assert (forward[i, j], backward[i, j]) == pytest.approx((walked.forward, walked.backward), rel=1e-12)
+        assert walked.forward == pytest.approx(sum(seconds for seconds, _ in priced(walked, source, cargo, price)))
+        assert walked.backward == pytest.approx(sum(seconds for _, seconds in priced(walked, source, cargo, price)))
+
+
+def priced(found: Path, source: tuple[State, ...], cargo: Cargo, price: Link) -> Iterator[tuple[float, float]]:
+    """Seconds forward and backward of each step of a path, from the states it goes through."""
+    states = list(source)
+    for step in found.steps:
+        before = [a for a, state in enumerate(states) if isinstance(state, int)]
+        for axis in step.axes:
+            states[axis] = step.target
+        after = [a for a, state in enumerate(states) if isinstance(state, int)]
+        nbytes = cargo.nbytes / min(price.mesh.extent(tuple(before)), price.mesh.extent(tuple(after)))
+        forward, backward = (price(p, step.axes, nbytes) if p in MOVES_DATA else 0.0
+                             for p in (step.forward, step.backward))
+        yield forward, backward if cargo.differentiable else 0.0
+
+
 # ---- by hand
 
 def path(source: str, target: str, mesh: Mesh, cargo: Cargo = LOAD, **link: object) -> Path:
@@ -306,8 +347,3 @@ def test_spec_after_the_steps_is_the_target(case: Case) -> None:
     for step in case.path(LOAD, Link(case.mesh)).steps:
         spec = spec_after(step, spec, len(case.mesh.shape))
     assert spec == from_states(case.target, RANK)
-
-
-@pytest.mark.parametrize(("spec", "parts"), [(Spec(((), ())), 1), (parse("S0R"), 2), (parse("S02R(P1)"), 8)])
-def test_local_parts(spec: Spec, parts: int) -> None:
-    assert local_parts(spec.states(3), Mesh((2, 3, 4))) == parts
