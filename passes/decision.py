@@ -9,14 +9,22 @@ from torch import fx
 
 from autopar.core.mesh import Mesh
 from autopar.core.reshard import Cargo
-from autopar.core.spec import Spec
-from autopar.passes.layout import based, from_base, to_base, whole_bytes
+from autopar.core.spec import Spec, State
+from autopar.passes.layout import based, carried, from_base, to_base, whole_bytes
 from autopar.passes.ops import Op, OpOperand, is_parameter
 from autopar.passes.segments import Segmented
-from autopar.passes.strategies import Assignment, Storage, differentiable, operand_spec, result_spec
+from autopar.passes.strategies import (
+    Assignment,
+    Storage,
+    differentiable,
+    operand_spec,
+    operand_states,
+    result_spec,
+    result_states,
+)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Context:
     """A segmented program with what every later step asks of it."""
 
@@ -28,6 +36,10 @@ class Context:
         """The number of flat factors of `node`."""
         return len(self.segmented.factored.flat(node))
 
+    def through(self, op: Op) -> bool:
+        """Whether a gradient flows through `op`."""
+        return any(result.node in self.gradients for result in op.results)
+
     def wanted(self, op: Op, operand: OpOperand, assignment: Assignment) -> Spec:
         """The spec in which `op` wants the value that `operand` renames."""
         base, index = self.segmented.factored.base(operand.node)
@@ -37,6 +49,18 @@ class Context:
     def emitted(self, op: Op, result: OpOperand, assignment: Assignment) -> Spec:
         """The spec in which `op` makes `result`."""
         return result_spec(op, result, assignment, result.node in self.gradients, self.rank(result.node))
+
+    def wanted_states(self, op: Op, operand: OpOperand, place: tuple[int, ...]) -> dict[str, State]:
+        """What an axis must do to the renaming of the operand's base whose flat factor i is the base's `place[i]`, by
+        what the axis is assigned."""
+        _, index = self.segmented.factored.base(operand.node)
+        onward = {i: place.index(at) for i, at in enumerate(index) if at in place}
+        return carried(operand_states(op, operand, operand.node in self.gradients), onward)
+
+    def emitted_states(self, op: Op, result: OpOperand, place: tuple[int, ...]) -> dict[str, State]:
+        """What an axis does to such a renaming of `result`, by what the axis is assigned."""
+        onward = {at: i for i, at in enumerate(place)}
+        return carried(result_states(op, result, result.node in self.gradients), onward)
 
     def parameters(self) -> dict[fx.Node, list[tuple[Op, OpOperand]]]:
         """Every parameter that is used, with its users; operands are on the parameter itself."""

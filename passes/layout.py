@@ -7,7 +7,7 @@ import math
 from torch import fx
 
 from autopar.core.mesh import Mesh
-from autopar.core.spec import Spec
+from autopar.core.spec import Spec, State
 from autopar.passes.factors import Factored
 from autopar.passes.functional import value_of
 from autopar.passes.ops import OpOperand
@@ -52,6 +52,12 @@ def to_base(spec: Spec, index: tuple[int, ...], rank: int) -> Spec:
 def from_base(spec: Spec, index: tuple[int, ...]) -> Spec:
     """The spec of a renaming of a value in `spec`."""
     return Spec(tuple(spec.dims[i] for i in index), spec.partial, spec.grad_partial)
+
+
+def carried(states: dict[str, State], place: dict[int, int]) -> dict[str, State]:
+    """States over the flat factors of one value, each for some key, as those over another's, whose flat factor
+    `place[i]` is factor i of the first; `R` where it has none."""
+    return {key: place.get(state, "R") if isinstance(state, int) else state for key, state in states.items()}
 
 
 def based(factored: Factored, operand: OpOperand) -> OpOperand:

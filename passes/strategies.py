@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 from torch import fx
@@ -22,6 +21,7 @@ from autopar.passes.ops import Op, OpOperand
 
 Assignment = tuple[str, ...]
 """For each axis the key of a factor, or `R`, or `G`."""
+_IDLE = ("R", "G")
 
 
 def differentiable(factored: Factored) -> frozenset[fx.Node]:
@@ -45,9 +45,10 @@ def assignments(op: Op, mesh: Mesh, mode: Mode, gradients: bool) -> list[Assignm
     axes = mode.on(mesh.shape)
     parts = mesh.extent(tuple(a for a, axis in enumerate(axes) if axis.batch_always))
     batch = [f.key for f in op.factors if f.role == "batch" and f.shardable and f.size % parts == 0]
-    idle = ["R", "G"] if gradients and not any(f.role == "batch" for f in op.factors) else ["R"]
+    idle = [*_IDLE] if gradients and not any(f.role == "batch" for f in op.factors) else ["R"]
     options = [batch[:1] if axis.batch_always and batch else [*_keys_for(op, axis), *idle] for axis in axes]
-    return [found for found in itertools.product(*options) if _fits(op, found, mesh)]
+    sizes = {f.key: f.size for f in op.factors}
+    return [found for found in itertools.product(*options) if _fits(sizes, found, mesh)]
 
 
 def _keys_for(op: Op, axis: AxisMode) -> list[str]:
@@ -66,10 +67,18 @@ def part_of(op: Op, key: str) -> Part:
     return "rows" if key in (left.keys or ()) else "columns"
 
 
-def _fits(op: Op, assignment: Assignment, mesh: Mesh) -> bool:
+def _fits(sizes: dict[str, int], assignment: Assignment, mesh: Mesh) -> bool:
     """Whether every factor divides into its parts."""
-    return all(op.factor(key).size % mesh.extent(axes_of(assignment, key)) == 0
-               for key in Counter(assignment) if key not in "RG")
+    return all(sizes[key] % parts == 0 for key, parts in factor_parts(assignment, mesh).items())
+
+
+def factor_parts(assignment: Assignment, mesh: Mesh) -> dict[str, int]:
+    """Into how many parts each factor is cut that an axis is assigned."""
+    found: dict[str, int] = {}
+    for key, size in zip(assignment, mesh.shape, strict=True):
+        if key not in _IDLE:
+            found[key] = found.get(key, 1) * size
+    return found
 
 
 def axes_of(assignment: Assignment, key: str) -> tuple[int, ...]:
@@ -81,6 +90,20 @@ def operand_spec(op: Op, operand: OpOperand, assignment: Assignment, gradient: b
     """The spec `operand` must have, over its flat factors; `gradient` tells whether one flows to it."""
     states = tuple(_operand_state(op, operand, key, gradient) for key in assignment)
     return from_states(states, rank)
+
+
+def operand_states(op: Op, operand: OpOperand, gradient: bool) -> dict[str, State]:
+    """What an axis must do to `operand`, by what it is assigned."""
+    return {key: _operand_state(op, operand, key, gradient) for key in _assignable(op)}
+
+
+def result_states(op: Op, result: OpOperand, gradient: bool) -> dict[str, State]:
+    """What an axis does to `result`, by what it is assigned."""
+    return {key: _result_state(result, key, gradient) for key in _assignable(op)}
+
+
+def _assignable(op: Op) -> list[str]:
+    return [*(f.key for f in op.factors if f.shardable), *_IDLE]
 
 
 def _operand_state(op: Op, operand: OpOperand, key: str, gradient: bool) -> State:
@@ -136,9 +159,13 @@ class Storage:
 
     def spec(self, rank: int, trained: bool) -> Spec:
         """The spec of the gathered parameter of `rank` flat factors: what was gathered has its gradient summed."""
+        return from_states(self.used(trained), rank)
+
+    def used(self, trained: bool) -> tuple[State, ...]:
+        """What each axis does to the gathered parameter."""
         gathered: State = "G" if trained else "R"
         resting: dict[int | str, State] = {"Z": gathered, "K": gathered, "R": "R"}
-        return from_states(tuple(s if isinstance(s, int) else resting[s] for s in self.states), rank)
+        return tuple(s if isinstance(s, int) else resting[s] for s in self.states)
 
 
 def parse_storage(text: str) -> Storage:

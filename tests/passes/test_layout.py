@@ -10,6 +10,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.spec import parse
 from autopar.passes.layout import (
     based,
+    carried,
     from_base,
     itemsize,
     local_bytes,
@@ -62,6 +63,11 @@ def test_bytes_are_of_the_compute_dtype(precision: str, size: int) -> None:
 def test_specs_through_renamings(spec: str, index: tuple[int, ...], rank: int, base: str) -> None:
     assert str(to_base(parse(spec), index, rank)) == base
     assert str(from_base(parse(base), index)) == spec
+
+
+def test_states_through_renamings() -> None:
+    assert carried({"m": 0, "k": 2, "n": 1, "R": "R", "G": "G"}, {0: 1, 1: 0}) == {
+        "m": 1, "k": "R", "n": 0, "R": "R", "G": "G"}
 
 
 def test_an_operand_on_its_base_leaves_out_what_it_lacks() -> None:

@@ -17,6 +17,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.sharding import Choice, Flow, price
 from autopar.core.spec import Spec
 from autopar.passes.costs import OPTIMIZERS
+from autopar.passes.decision import context as context_of
 from autopar.passes.modes import MODES
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.strategies import Storage
@@ -171,6 +172,14 @@ def test_equal_layers_are_decided_once_and_shared_parameters_alone() -> None:
     tied = [f for segment in found.instance.segments for f in segment.flows
             if found.instance.nodes[f.producer].name == "transformer.wte.weight"]
     assert len(tied) == 2
+
+
+def test_a_problem_does_not_depend_on_meshes_built_before() -> None:
+    context, where = model_context("gpt2"), setting((2, 2), cluster=Cluster.preset("4xA100-80GB"))
+    found = build(context, where).instance
+    build(context, setting((4,), "zero3", Cluster.preset("4xA100-80GB")))
+    fresh = context_of(context.segmented)
+    assert build(context, where).instance == build(fresh, where).instance == found
 
 
 @pytest.mark.parametrize(("mode", "mesh", "message"), [

@@ -19,6 +19,7 @@ from autopar.passes.strategies import (
     Storage,
     assignments,
     differentiable,
+    factor_parts,
     gather_dim,
     parse_storage,
     storages,
@@ -55,6 +56,13 @@ def test_assignments_of_a_linear(sizes: tuple[int, ...], mesh: Mesh, mode: str, 
     assert sorted(assignments(op, mesh, MODES[mode], True)) == sorted((key,) for key in expected)
 
 
+@pytest.mark.parametrize(("assignment", "parts"), [
+    (("R", "G", "R"), {}), (("m", "R", "k"), {"m": 2, "k": 5}), (("m", "m", "G"), {"m": 6}),
+])
+def test_parts_of_factors(assignment: tuple[str, ...], parts: dict[str, int]) -> None:
+    assert factor_parts(assignment, Mesh((2, 3, 5))) == parts
+
+
 def test_two_axes_on_one_factor_multiply() -> None:
     (op,) = linear(4, 2, 2).segmented.ops
     found = set(assignments(op, SQUARE, MODES["auto"], True))
@@ -73,7 +81,7 @@ def test_what_never_meets_the_batch_may_leave_its_gradient_partial() -> None:
 
 
 def test_modes() -> None:
-    assert set(MODES) == {"auto", "ddp", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d"}
+    assert set(MODES) == {"auto", "ddp", "zero1", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d"}
     with pytest.raises(UnknownName, match=r"unknown mode '5d'; known: 1d, 2\.5d, 2d, 3d, auto, ddp"):
         mode_called("5d")
 

@@ -1,0 +1,70 @@
+"""What it costs to bring parameters from how they rest to how ops want them.
+
+The gathers and gradient sums of a segment travel together, so they are priced by bandwidth alone; what is left to do
+from spec to spec is priced as any reshard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+
+from autopar.core.mesh import Mesh
+from autopar.core.reshard import Cargo, Price, Primitive, routes
+from autopar.core.routes import Seconds
+from autopar.core.spec import Spec
+from autopar.core.steps import States
+from autopar.passes.strategies import Storage
+
+Axes = tuple[int, ...]
+
+
+def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], cargo: Cargo, mesh: Mesh, price: Price,
+                      reduce_scale: float) -> tuple[Seconds, Seconds]:
+    """Forward and backward (stored, targets); `reduce_scale` is gradient bytes over parameter bytes.
+
+    A gathered parameter is gathered again in the backward unless it is kept.
+    """
+    bandwidth = _bandwidth(cargo, price, reduce_scale)
+    partial = [tuple(axis for axis, state in enumerate(states) if state == "G") for states in targets]
+    sums = {axes: i for i, axes in enumerate(dict.fromkeys(partial))}
+    starts: dict[States, int] = {}
+    row = np.zeros((len(stored), len(sums)), dtype=np.intp)
+    forward, backward = np.zeros((len(stored), 1)), np.zeros(row.shape)
+    for i, storage in enumerate(stored):
+        used, axes = storage.used(cargo.differentiable), storage.gathered
+        parts = math.prod(size for size, state in zip(mesh.shape, used, strict=True) if isinstance(state, int))
+        forward[i] = gather = bandwidth("all_gather", axes, parts)
+        again = 0.0 if storage.kept else gather
+        scatter = again + bandwidth("reduce_scatter", axes, parts) if cargo.differentiable else 0.0
+        for j, asked in enumerate(sums):
+            summed = tuple(axis for axis in asked if used[axis] == "R")
+            backward[i, j] = scatter + bandwidth("all_reduce", summed, parts)
+            start = tuple("G" if axis in summed else state for axis, state in enumerate(used))
+            row[i, j] = starts.setdefault(start, len(starts))
+    way = routes(len(cargo.sizes), mesh, cargo, price).seconds(list(starts), targets)
+    column = [sums[axes] for axes in partial]
+    taken = row[:, column], np.arange(len(targets))
+    return forward + way[0][taken], backward[:, column] + way[1][taken]
+
+
+def _bandwidth(cargo: Cargo, price: Price, reduce_scale: float) -> Callable[[Primitive, Axes, int], float]:
+    """Seconds of a collective, without latency, of a parameter that is cut into so many parts besides."""
+    @cache
+    def seconds(primitive: Primitive, axes: Axes, parts: int) -> float:
+        nbytes = cargo.nbytes / parts * (1.0 if primitive == "all_gather" else reduce_scale)
+        return price(primitive, axes, nbytes) - price(primitive, axes, 0.0) if axes else 0.0
+    return seconds
+
+
+def replicated_axes(start: Spec, target: Spec) -> Axes:
+    """The axes on which a replicated parameter's gradients are partial and have to be summed."""
+    return tuple(axis for axis in target.grad_partial if start.state(axis) == "R")
+
+
+def with_summed(spec: Spec, axes: Axes) -> Spec:
+    """`spec` on the far side of the sum of gradients over `axes`."""
+    return Spec(spec.dims, spec.partial, tuple(sorted({*spec.grad_partial, *axes})))

@@ -1,0 +1,55 @@
+"""What ways to do ops and to keep parameters cost, against each priced alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autopar.core.device import Device, Flops
+from autopar.core.mesh import Mesh
+from autopar.passes.choices import op_choices, op_work, storage_choices
+from autopar.passes.costs import OPTIMIZERS
+from autopar.passes.decision import Context
+from autopar.passes.layout import local_bytes
+from autopar.passes.modes import MODES
+from autopar.passes.strategies import assignments, storages
+from tests.programs import annotated, model_context
+
+DEVICE = Device("test", Flops(1e12, 4e12, 2e12), 0.5, 1e10, 1e11, 1e-5)
+
+
+def check_ops(ctx: Context, mesh: Mesh) -> None:
+    """Every choice is priced as its own assignment, whatever was priced before it."""
+    for op in ctx.segmented.ops:
+        options = assignments(op, mesh, MODES["auto"], ctx.through(op))
+        for assignment, choice in zip(options, op_choices(ctx, op, options, mesh, DEVICE), strict=True):
+            work = op_work(ctx, op, assignment, mesh)
+            kept = sum(local_bytes(ctx.segmented.factored, r.node, ctx.emitted(op, r, assignment), mesh)
+                       for r in op.results if r.node in ctx.gradients)
+            backward = work.backward_seconds(DEVICE) if ctx.through(op) else 0.0
+            told = (choice.name, choice.forward, choice.backward, choice.nbytes)
+            assert told == (",".join(assignment), work.forward_seconds(DEVICE), backward, kept)
+
+
+@pytest.mark.parametrize("mesh", [(2,), (4, 2), (2, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", ["mlp", "gpt2", "resnet"])
+def test_assignments_of_equal_parts_are_priced_as_each_alone(name: str, mesh: tuple[int, ...]) -> None:
+    check_ops(model_context(name), Mesh(mesh))
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (1, 2)], ids=str)
+def test_a_value_read_twice_counts_once_where_both_want_it_alike(mesh: tuple[int, ...]) -> None:
+    check_ops(annotated(lambda x: x @ x.t(), torch.randn(8, 8)), Mesh(mesh))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_storages_hold_less_the_more_parts_they_are_cut_into(name: str) -> None:
+    ctx, mesh, optimizer = model_context("mlp"), Mesh((2, 2)), OPTIMIZERS[name]
+    for node, users in ctx.parameters().items():
+        options = storages(ctx.segmented.factored, node, users, mesh, MODES["auto"])
+        whole = node.meta["val"].numel()
+        for storage, choice in zip(options, storage_choices(ctx, node, options, mesh, optimizer, DEVICE), strict=True):
+            elements = whole / storage.resting_parts(mesh)
+            kept = 4 * whole / 2 ** sum(isinstance(state, int) for state in storage.states) if storage.kept else 0.0
+            assert choice.optimizer == pytest.approx(elements * optimizer.step_bytes / DEVICE.memory_bytes_per_s)
+            assert choice.nbytes == pytest.approx(elements * (8 + optimizer.state_bytes) + kept)
