@@ -13,9 +13,11 @@ from typing import Any
 from autopar.core.collectives import Pricer, rates
 from autopar.core.device import Device, device_from_json, require_positive
 from autopar.core.errors import AutoparError
-from autopar.core.files import entries, entry, read_object, typed, write_whole
+from autopar.core.figures import check_device, check_figure, check_index, check_matrix
+from autopar.core.files import entries, entry, typed, write_whole
 from autopar.core.mesh import Mesh
-from autopar.core.presets import parse_preset
+from autopar.core.presets import check_devices, parse_preset
+from autopar.core.reading import check_path, read_as
 from autopar.core.reshard import Primitive
 
 FORMAT = "autopar cluster 1"
@@ -42,11 +44,15 @@ class Cluster:
     def __post_init__(self) -> None:
         if not self.devices:
             raise AutoparError(f"cluster {self.name} has no devices, needed is at least one")
-        _check_index("hosts", self.hosts, self.size, len(self.uplink_bytes_per_s))
-        _check_index("rows", self.rows, self.size, len(self.latency_s))
-        _check_matrix("latency_s", self.latency_s, len(self.latency_s))
-        _check_matrix("bytes_per_s", self.bytes_per_s, len(self.latency_s))
-        require_positive("uplink_bytes_per_s", self.uplink_bytes_per_s)
+        check_devices(self.name, self.size)
+        check_index("hosts", self.hosts, self.size, len(self.uplink_bytes_per_s))
+        check_index("rows", self.rows, self.size, len(self.latency_s))
+        check_matrix("latency_s", self.latency_s, len(self.latency_s))
+        check_matrix("bytes_per_s", self.bytes_per_s, len(self.latency_s))
+        for host, rate in enumerate(self.uplink_bytes_per_s):
+            check_figure("uplink_bytes_per_s", f"[{host}]", rate)
+        for device in dict.fromkeys(self.devices):
+            check_device(device)
 
     def __hash__(self) -> int:
         return hash((self.name, self.size, self.latency_s[0], self.bytes_per_s[0]))
@@ -77,8 +83,7 @@ class Cluster:
 
     def key(self) -> str:
         """Twelve hexadecimal digits that stand for the contents, whatever the name."""
-        contents = {name: value for name, value in self.to_json().items() if name != "name"}
-        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:12]
+        return _key(self)
 
     def to_json(self) -> dict[str, Any]:
         """The cluster as numbers and lists with units in the names; a run of equal devices is counted."""
@@ -90,23 +95,19 @@ class Cluster:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Cluster:
         """The inverse of `to_json`. Raises AutoparError naming what is missing, of the wrong kind or out of range."""
-        if entry(data, "format", str) != FORMAT:
+        if entry(typed("a cluster", data, dict), "format", str) != FORMAT:
             raise AutoparError(f"'format' is {data['format']!r}, needed is {FORMAT!r}; measure the cluster again")
         return cls(entry(data, "name", str), _devices(data), entries(data, "hosts", int), entries(data, "rows", int),
                    _matrix(data, "latency_s"), _matrix(data, "bytes_per_s"), entries(data, "uplink_bytes_per_s", float))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `path` whole or not at all."""
-        write_whole(path, json.dumps(self.to_json(), indent=1) + "\n")
+        write_whole(check_path("the path of a cluster", path), json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Cluster:
         """The cluster that `save` wrote to `path`. Raises AutoparError naming the file and what is wrong with it."""
-        data = read_object(path)
-        try:
-            return cls.from_json(data)
-        except AutoparError as error:
-            raise AutoparError(f"{path} is not a cluster: {error}") from error
+        return read_as("a cluster", path, cls.from_json)
 
     @classmethod
     def preset(cls, text: str) -> Cluster:
@@ -126,21 +127,6 @@ def _two_tiers(size: int, within: float, between: float) -> Matrix:
     return tuple((*row[:i], within, *row[i + 1:]) for i in range(size))
 
 
-def _check_index(what: str, values: tuple[int, ...], size: int, limit: int) -> None:
-    if len(values) != size or not all(0 <= value < limit for value in values):
-        span = f" from {min(values)} to {max(values)}" if values else ""
-        raise AutoparError(f"{what} has {len(values)} entries{span}, needed are {size}, one a device, from 0 to "
-                           f"{limit - 1}")
-
-
-def _check_matrix(what: str, matrix: Matrix, size: int) -> None:
-    if len(matrix) != size or any(len(row) != size for row in matrix):
-        raise AutoparError(f"{what} has rows of {sorted({len(row) for row in matrix})} entries and {len(matrix)} rows, "
-                           f"needed are {size} of {size}, as many as latency_s has rows")
-    for i, row in enumerate(matrix):
-        require_positive(f"{what}[{i}]", row)
-
-
 def _matrix(data: dict[str, Any], name: str) -> Matrix:
     rows = enumerate(entries(data, name, list))
     return tuple(tuple(typed(f"{name}[{i}][{j}]", value, float) for j, value in enumerate(row)) for i, row in rows)
@@ -153,6 +139,12 @@ def _devices(data: dict[str, Any]) -> tuple[Device, ...]:
     if sum(counts) != hosts:
         raise AutoparError(f"the counts of devices come to {sum(counts)}, needed is one a host entry, {hosts}")
     return tuple(itertools.chain(*map(itertools.repeat, map(device_from_json, runs), counts)))
+
+
+@lru_cache(maxsize=64)
+def _key(cluster: Cluster) -> str:
+    contents = {name: value for name, value in cluster.to_json().items() if name != "name"}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @lru_cache(maxsize=4096)

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 
 from autopar.core.device import Device, Flops
 from autopar.core.errors import AutoparError, UnknownName
+from autopar.core.told import MOST, told
 
 MOST_HOSTS = 1024
-_HOSTS = re.compile(r"(?:(\d+)x)?(\d+)x([a-z][a-z0-9-]*)", re.IGNORECASE)
-_PROCESSES = re.compile(r"cpu:(\d+)", re.IGNORECASE)
+MOST_DEVICES = 16384
+"""Devices of the largest cluster that is planned for: beyond it planning takes minutes and more."""
+_HOSTS = re.compile(r"(?:([0-9]+)x)?([0-9]+)x([a-z][a-z0-9-]*)", re.IGNORECASE)
+_PROCESSES = re.compile(r"cpu:([0-9]+)", re.IGNORECASE)
+_FORM = "[nodes x] devices x type, such as 8xA100-80GB or 2x8xH100"
+_DIGITS = 12
+"""Digits of a count that are read: more than any cluster needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +85,27 @@ def local_processes(count: int) -> Machine:
 
 def parse_preset(text: str) -> tuple[int, int, Machine]:
     """Hosts, devices a host, and what the hosts are: `[nodes x] devices x type` or `cpu:N`. Raises AutoparError."""
+    if not isinstance(text, str):
+        raise AutoparError(f"cluster is {told(text)}, needed is the text of a preset, {_FORM}")
     local, found = _PROCESSES.fullmatch(text), _HOSTS.fullmatch(text)
-    if local is not None and int(local[1]) > 0:
-        return 1, int(local[1]), local_processes(int(local[1]))
-    if found is None or not 0 < int(found[1] or 1) <= MOST_HOSTS or int(found[2]) < 1:
-        raise AutoparError(f"cluster {text!r} is not of the form [nodes x] devices x type, such as 8xA100-80GB or "
-                           f"2x8xH100 with 1 to {MOST_HOSTS} nodes, or cpu:N; types: {', '.join(sorted(MACHINES))}")
+    counts = ("1", local[1]) if local else (found[1] or "1", found[2]) if found else ("0", "0")
+    hosts, devices = (int(digits[:_DIGITS]) for digits in counts)
+    shown = text if len(text) <= MOST else f"{text[:MOST]}..."
+    if not (0 < hosts <= MOST_HOSTS and devices > 0):
+        raise AutoparError(f"cluster {shown!r} is not of the form {_FORM} with 1 to {MOST_HOSTS} nodes, or cpu:N; "
+                           f"types: {', '.join(sorted(MACHINES))}")
+    check_devices(shown, hosts * devices)
+    if local:
+        return 1, devices, local_processes(devices)
     known = {name.lower(): machine for name, machine in MACHINES.items()}
+    assert found is not None
     if found[3].lower() not in known:
         raise UnknownName("device type", found[3], list(MACHINES))
-    return int(found[1] or 1), int(found[2]), known[found[3].lower()]
+    return hosts, devices, known[found[3].lower()]
+
+
+def check_devices(cluster: str, devices: int) -> None:
+    """Raises AutoparError when there are more devices than can be planned for."""
+    if devices > MOST_DEVICES:
+        raise AutoparError(f"cluster {cluster} has {devices} devices, the most that can be planned for are "
+                           f"{MOST_DEVICES}; plan for a smaller part of it")

@@ -14,7 +14,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.device import Device, Flops
 from autopar.core.errors import AutoparError, UnknownName
 from autopar.core.mesh import Mesh
-from autopar.core.presets import MACHINES
+from autopar.core.presets import MACHINES, MOST_DEVICES
 from autopar.core.reshard import Cargo, Primitive, cheapest_path
 from autopar.core.spec import parse
 
@@ -179,12 +179,12 @@ def broken(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
     (("format",), "autopar cluster 0", "'format' is 'autopar cluster 0'"),
     (("name",), None, "'name' is missing"),
     (("latency_s",), None, "'latency_s' is missing"),
-    (("latency_s", 0, 1), -1e-6, r"latency_s\[0\] is -1e-06, needed is a finite number above 0"),
+    (("latency_s", 0, 1), -1e-6, r"latency_s\[0\]\[1\] is -1e-06, needed is a finite number above 0"),
     (("latency_s", 0, 1), "fast", r"latency_s\[0\]\[1\] is 'fast', needed is one of type float"),
-    (("bytes_per_s", 1, 0), math.inf, r"bytes_per_s\[1\] is inf"),
+    (("bytes_per_s", 1, 0), math.inf, r"bytes_per_s\[1\]\[0\] is inf"),
     (("bytes_per_s", 1), [1e9], "needed are 2 of 2"),
     (("bytes_per_s",), [], "needed are 2 of 2"),
-    (("uplink_bytes_per_s", 0), 0, "uplink_bytes_per_s is 0.0"),
+    (("uplink_bytes_per_s", 0), 0, r"uplink_bytes_per_s\[0\] is 0.0"),
     (("hosts", 3), 2, r"hosts has 4 entries from 0 to 2, needed are 4, one a device, from 0 to 1"),
     (("rows",), [0], r"rows has 1 entries"),
     (("hosts",), [0], r"counts of devices come to 4, needed is one a host entry, 1"),
@@ -196,6 +196,19 @@ def broken(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
     (("devices", 0, "efficiency"), 1.5, "efficiency of device toy is 1.5"),
     (("devices", 0, "peak_flops_per_s", "bf16"), None, "'bf16' is missing"),
     (("devices",), [], "come to 0"),
+    (("latency_s", 0, 1), math.nan, r"latency_s\[0\]\[1\] is nan, needed is a finite"),
+    (("latency_s", 1, 0), 1e300, r"latency_s\[1\]\[0\] is 1e\+300, needed is a figure from 1e-12 to 100; see whether"),
+    (("bytes_per_s", 0, 1), 1e-320, r"bytes_per_s\[0\]\[1\] is .*needed is a figure from 1 to 1e\+16"),
+    (("bytes_per_s", 0, 1), 10**400, "too large"),
+    (("uplink_bytes_per_s", 1), 1e17, r"uplink_bytes_per_s\[1\] is 1e\+17, needed is a figure"),
+    (("latency_s", 0), None, "rows has 4 entries from 0 to 1"),
+    (("latency_s", 0, 1), None, r"latency_s has rows of \[1, 2\] entries"),
+    (("latency_s", 0, 1), "\u2603", "is '\u2603', needed is one of type float"),
+    (("devices", 0, "launch_s"), 1e3, "launch_s of device toy is 1000, needed is a figure from 1e-12 to 100"),
+    (("devices", 0, "efficiency"), 1e-320, "efficiency of device toy is .*needed is a figure from"),
+    (("devices", 0, "peak_flops_per_s", "fp16"), 1e21, "peak_flops_per_s of device toy in fp16 is 1e\\+21"),
+    (("devices", 0, "memory_bytes"), 0.5, "memory_bytes of device toy is 0.5, needed is a figure from 1 to 1e\\+18"),
+    (("devices", 0), {}, "'count' is missing; found are no entries"), (("name",), 3, "'name' is 3"),
 ])
 def test_malformed_files_are_refused(tmp_path: Path, path: tuple[str | int, ...], value: Any, message: str) -> None:
     file = tmp_path / "cluster.json"
@@ -205,12 +218,49 @@ def test_malformed_files_are_refused(tmp_path: Path, path: tuple[str | int, ...]
     assert "cluster.json is not a cluster" in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{\"format\": ", "is not JSON"), ("[1]", "holds a list"), ("", "JSON")])
+@pytest.mark.parametrize(("text", "message"), [
+    ("{\"format\": ", "is not JSON"), ("[1]", "holds a list"), ("", "JSON"), ("null", "holds a NoneType"),
+    ("{}", "'format' is missing; found are no entries"),
+    ("[" * 100_000, "cluster.json is not a cluster: it holds lists within lists"), ("\x00", "is not JSON"),
+])
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "cluster.json"
     file.write_text(text)
     with pytest.raises(AutoparError, match=message):
         Cluster.load(file)
+
+
+@pytest.mark.parametrize("path", [3, None, b"cluster.json", 3.5, ["cluster.json"], ""])
+def test_paths_of_no_file(path: Any) -> None:
+    for use in (Cluster.load, toy(1, 2).save):
+        with pytest.raises(AutoparError, match=r"the path of a cluster is .*, needed is the name of a file"):
+            use(path)
+
+
+@pytest.mark.parametrize("text", [3, None, b"cpu:4", 4.5, ["cpu:4"], Path("cpu:4")])
+def test_presets_that_are_no_text(text: Any) -> None:
+    with pytest.raises(AutoparError, match=r"cluster is .*, needed is the text of a preset"):
+        Cluster.preset(text)
+
+
+@pytest.mark.parametrize("data", [[], None, 3, "cluster"])
+def test_json_that_is_no_object(data: Any) -> None:
+    with pytest.raises(AutoparError, match=r"a cluster is .*, needed is one of type dict"):
+        Cluster.from_json(data)
+
+
+@pytest.mark.parametrize("text", ["cpu:1000000", "1024x1024xH100", "1000000xH100", "cpu:16385", "cpu:" + "9" * 5000])
+def test_more_devices_than_can_be_planned_for(text: str) -> None:
+    with pytest.raises(AutoparError, match=r"cluster .{,70} has [0-9]{5,12} devices, the most .* 16384") as refusal:
+        Cluster.preset(text)
+    assert len(str(refusal.value)) < 300
+
+
+def test_the_most_devices_and_no_more() -> None:
+    largest = Cluster.preset("1024x16xH100")
+    assert largest.size == MOST_DEVICES
+    with pytest.raises(AutoparError, match="has 16385 devices"):
+        dataclasses.replace(largest, devices=(*largest.devices, DEVICE))
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
