@@ -7,14 +7,14 @@ a strategy before it is lowered and the lowered program itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from autopar.core.device import Device, Dtype
+from autopar.core.device import Device, Dtype, Flops
 from autopar.core.errors import UnknownName
 from autopar.passes.rules.table import argument
 
@@ -91,6 +91,17 @@ def work_of(node: fx.Node, operands: list[Shape], result: Shape, nbytes: float, 
     flop = FLOP[node.target](node, operands, result) if node.target in FLOP else 0.0
     attention = node.target is aten.scaled_dot_product_attention.default
     return Work(flop, nbytes, dtype, flop * (_BACKWARD_FLOP_ATTENTION if attention else _BACKWARD_FLOP))
+
+
+def slowest(devices: Sequence[Device]) -> Device:
+    """A device with the worst figure of all `devices` in each respect; the device itself where they are alike."""
+    kinds = list(dict.fromkeys(devices))
+    if len(kinds) == 1:
+        return kinds[0]
+    peak = Flops(*(min(device.matmul_flops(dtype) for device in kinds) for dtype in DTYPES.values()))
+    return Device("slowest of " + ", ".join(dict.fromkeys(device.kind for device in kinds)), peak, 1.0,
+                  min(device.memory_bytes for device in kinds), min(device.memory_bytes_per_s for device in kinds),
+                  max(device.launch_s for device in kinds))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segmen
 from autopar.core.spec import Spec, State, from_states
 from autopar.core.steps import States
 from autopar.passes.choices import compute_dtype, kept_bytes, op_choices, op_work, storage_choices
-from autopar.passes.costs import Optimizer
+from autopar.passes.costs import Optimizer, slowest
 from autopar.passes.decision import Context, Decision
 from autopar.passes.gathering import parameter_seconds, replicated_axes, with_summed
 from autopar.passes.modes import Mode
@@ -54,8 +54,8 @@ class Setting:
 
     @cached_property
     def device(self) -> Device:
-        """What ops are priced on."""
-        return self.cluster.devices[0]
+        """What ops are priced on: a plan is as slow as its slowest device."""
+        return slowest(self.cluster.devices)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from autopar.core.cluster import Cluster
 from autopar.core.device import Device, Flops
 from autopar.core.mesh import Mesh
 from autopar.passes.choices import op_choices, op_work, storage_choices
@@ -12,6 +15,7 @@ from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.decision import Context
 from autopar.passes.layout import local_bytes
 from autopar.passes.modes import MODES
+from autopar.passes.problem import Setting, build
 from autopar.passes.strategies import assignments, storages
 from tests.programs import annotated, model_context
 
@@ -53,3 +57,20 @@ def test_storages_hold_less_the_more_parts_they_are_cut_into(name: str) -> None:
             kept = 4 * whole / 2 ** sum(isinstance(state, int) for state in storage.states) if storage.kept else 0.0
             assert choice.optimizer == pytest.approx(elements * optimizer.step_bytes / DEVICE.memory_bytes_per_s)
             assert choice.nbytes == pytest.approx(elements * (8 + optimizer.state_bytes) + kept)
+
+
+def test_unequal_devices_are_priced_by_the_slowest_in_each_respect() -> None:
+    """A matmul that its FLOP bound and a sum that its bytes do."""
+    pair, mesh, one = Cluster.preset("2xA100-80GB"), Mesh((2,)), replace(DEVICE, peak=Flops(1e10, 1e10, 1e10))
+    ctx = annotated(lambda x, w: (x @ w).sum(), torch.randn(64, 64), torch.nn.Parameter(torch.randn(64, 64)))
+    slow = replace(one, peak=Flops(*(flops / 3 for flops in one.peak.table().values())))
+    narrow = replace(one, memory_bytes_per_s=one.memory_bytes_per_s / 5, launch_s=2 * one.launch_s)
+    both = replace(slow, memory_bytes_per_s=narrow.memory_bytes_per_s, launch_s=narrow.launch_s)
+
+    def nodes(*devices: Device) -> tuple[object, ...]:
+        cluster = replace(pair, devices=devices)
+        return build(ctx, Setting(mesh, cluster, MODES["auto"], OPTIMIZERS["adamw"])).instance.nodes
+
+    assert nodes(slow, narrow) == nodes(narrow, slow) == nodes(both, both)
+    assert nodes(slow, narrow) != nodes(slow, slow) != nodes(one, one)
+    assert nodes(one, slow) == nodes(slow, slow)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from autopar.core.device import Device, Flops
 from autopar.core.errors import UnknownName
-from autopar.passes.costs import OPTIMIZERS, Work, optimizer_called, work_of
+from autopar.passes.costs import OPTIMIZERS, Work, optimizer_called, slowest, work_of
 from autopar.passes.rules.table import shape, tensor_operands
 from tests.programs import annotated
 
@@ -70,6 +70,15 @@ def test_seconds_are_the_slower_of_compute_and_memory(dtype: torch.dtype, flop: 
     found = Work(flop, nbytes, dtype, 2 * flop)
     assert found.forward_seconds(FAST) == pytest.approx(forward, rel=1e-12)
     assert found.backward_seconds(FAST) == pytest.approx(backward, rel=1e-12)
+
+
+def test_slowest_has_the_worst_figure_in_each_respect() -> None:
+    other = Device("other", Flops(2e12, 2e12, 2e12), 0.25, 3e10, 2e11, 3e-5)
+    found = slowest([FAST, other, FAST])
+    assert [found.matmul_flops(d) for d in ("fp32", "bf16", "fp16")] == [0.5e12, 0.5e12, 0.5e12]
+    assert (found.memory_bytes, found.memory_bytes_per_s, found.launch_s) == (1e10, 1e11, 3e-5)
+    assert found.kind == "slowest of fast, other"
+    assert slowest([FAST, FAST]) is FAST
 
 
 def test_optimizers() -> None:
