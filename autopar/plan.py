@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from autopar.core.errors import AutoparError
-from autopar.core.files import entries, entry, read_object, write_whole
+from autopar.core.files import entries, entry, typed, write_whole
+from autopar.core.presets import MOST_DEVICES
+from autopar.core.reading import check_path, read_as
 from autopar.difference import Difference, changes
 
 FORMAT = "autopar plan 2"
@@ -46,6 +50,9 @@ class Seconds:
     optimizer: float
     bubble: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_finite("seconds", dataclasses.asdict(self))
+
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
@@ -56,6 +63,9 @@ class Bytes:
     optimizer: float
     activations: float
     transient: float
+
+    def __post_init__(self) -> None:
+        _check_finite("memory", dataclasses.asdict(self))
 
     @property
     def total(self) -> float:
@@ -113,6 +123,21 @@ class Plan:
     solve_s: float
     workload: Workload
     peak_flops_per_s: float
+
+    def __post_init__(self) -> None:
+        _check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
+                               "flop": self.workload.flop})
+        if not self.mesh or min(self.mesh) < 1 or math.prod(self.mesh) > MOST_DEVICES:
+            raise AutoparError(f"'mesh' is {list(self.mesh)}, needed are sizes above 0 that multiply to at most "
+                               f"{MOST_DEVICES}: make the plan again")
+        for kind, planned in (("op", self.ops), ("parameter", self.parameters)):
+            name, times = next(iter(Counter(each.name for each in planned).most_common(1)), ("", 0))
+            if times > 1:
+                raise AutoparError(f"{kind} {name} is planned {times} times, needed is once: make the plan again")
+        for op in self.ops:
+            if len(op.assignment) != len(self.mesh):
+                raise AutoparError(f"'assignment' of op {op.name} is {list(op.assignment)}, needed is an entry for "
+                                   f"each of the {len(self.mesh)} axes: make the plan again")
 
     @property
     def step_time_s(self) -> float:
@@ -177,7 +202,7 @@ class Plan:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
         """The inverse of `to_json`. Raises AutoparError naming what is missing or of the wrong kind."""
-        if entry(data, "format", str) != FORMAT:
+        if entry(typed("a plan", data, dict), "format", str) != FORMAT:
             raise AutoparError(f"'format' is {data['format']!r}, needed is {FORMAT!r}: make the plan again")
         kinds = {"gap": float, "solve_s": float, "nodes": int, "edges": int, "peak_flops_per_s": float}
         names = ("model", "program_key", "cluster", "cluster_key", "mode", "precision", "optimizer", "status",
@@ -193,12 +218,12 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        write_whole(path, json.dumps(self.to_json(), indent=1) + "\n")
+        write_whole(check_path("the path of a plan", path), json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan. Raises AutoparError when the file is no whole plan."""
-        return cls.from_json(read_object(path))
+        """Read a plan. Raises AutoparError naming the file when it is no whole plan."""
+        return read_as("a plan", path, cls.from_json)
 
     def diff(self, other: Plan) -> Difference:
         """Where `other` decides otherwise, and what either comes to."""
@@ -249,3 +274,10 @@ def _numbers(kind: type[Any], data: dict[str, Any], name: str) -> Any:
 def _workload(table: dict[str, Any]) -> Workload:
     tokens = None if "tokens" in table and table["tokens"] is None else entry(table, "tokens", int)
     return Workload(entry(table, "samples", int), tokens, entry(table, "flop", float))
+
+
+def _check_finite(what: str, figures: dict[str, float]) -> None:
+    """Raises AutoparError for a figure that is not a number or infinite: a file may hold those too."""
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise AutoparError(f"{name!r} of {what} is {value}, needed is a finite number: make the plan again")
