@@ -122,7 +122,7 @@ def routes(rank: int, mesh: Mesh, cargo: Cargo, price: Price) -> Routes:
     return _routes(allowed, mesh, cargo.nbytes, cargo.differentiable, price)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def _routes(allowed: Cuts, mesh: Mesh, nbytes: float, differentiable: bool, price: Price) -> Routes:
     """`routes` of any tensor whose dims may be cut as `allowed`."""
     graph, cargo = step_graph(len(mesh.shape), allowed), Cargo(nbytes, differentiable)

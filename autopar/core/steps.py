@@ -70,7 +70,7 @@ def any_cuts(rank: int, axes: int) -> Cuts:
     return (2 ** 2**axes - 1,) * rank
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def step_graph(axes: int, allowed: Cuts) -> StepGraph:
     """All states of a tensor whose dims may be cut as `allowed`, and the steps between them."""
     dims = [d for d, sets in enumerate(allowed) if sets > 1]
