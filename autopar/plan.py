@@ -56,7 +56,7 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Predicted bytes of one device, by kind."""
+    """Predicted bytes of one device at the fullest moment of a step, by kind."""
 
     parameters: float
     gradients: float
@@ -74,7 +74,7 @@ class Bytes:
 
     @property
     def peak(self) -> float:
-        """The most bytes at any time: all kinds are counted as held at once."""
+        """The most bytes at any time."""
         return self.total
 
     @property

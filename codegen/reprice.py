@@ -20,16 +20,17 @@ from autopar.core.reshard import MOVES_DATA, Primitive
 from autopar.core.sharding import Priced
 from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
-from autopar.passes.costs import MASTER_BYTES, work_of
+from autopar.passes.costs import work_of
 from autopar.passes.decision import Decision
 from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
+from autopar.passes.moments import held
 from autopar.passes.ops import Op
-from autopar.passes.problem import Setting, compute_dtype, kept_bytes
+from autopar.passes.problem import Setting, compute_dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes a device holds through the step, by kind; `transient` is the largest pair of gathered segments."""
+    """Bytes a device holds at the fullest moment of the step, by kind; `transient` is there for one segment's run."""
 
     parameters: float
     gradients: float
@@ -52,11 +53,12 @@ class _Phase:
 
 @dataclass(slots=True)
 class _Tally:
-    """What one call comes to."""
+    """What one call comes to; `working` are the bytes of its largest op."""
 
     forward: _Phase = field(default_factory=_Phase)
     backward: _Phase = field(default_factory=_Phase)
     saved: float = 0.0
+    working: float = 0.0
 
 
 class _Shapes(fx.Interpreter):
@@ -77,19 +79,19 @@ class _Shapes(fx.Interpreter):
 def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
     """Seconds a step and bytes a device of a lowered program."""
     cache: dict[int, _Tally] = {}
-    compute = inline = exposed = saved = 0.0
+    compute = inline = exposed = 0.0
+    tallies = []
     for call in executable.calls:
         if id(call.lowered) not in cache:
             cache[id(call.lowered)] = _tally(call, executable.decision, setting)
         tally = cache[id(call.lowered)]
+        tallies.append(tally)
         for phase in (tally.forward, tally.backward):
             compute += phase.work
             inline += phase.inline
             exposed += max(0.0, phase.hidden - phase.work - phase.inline)
-        saved += tally.saved
-    memory, optimizer = _static(executable, setting, saved)
-    held = memory.total - memory.transient
-    return Priced(compute, inline, exposed, optimizer, held), memory
+    memory = _fullest(executable, setting, tallies)
+    return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
 
 
 def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
@@ -177,11 +179,12 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: _Shapes, tally: _Tally, decisi
     read_by_main = [tuple(shapes.env[n].shape) for n in _tensors(main) if isinstance(shapes.env.get(n), Tensor)]
     shape = tuple(results[0].shape) if results else ()
     work = work_of(op.main, read_by_main, shape, nbytes, compute_dtype(op))
-    device = setting.cluster.devices[0]
+    device = setting.device
     through = any(r.node in decision.context.gradients for r in op.results)
     tally.forward.work += work.forward_seconds(device)
     tally.backward.work += work.backward_seconds(device) if through else 0.0
     made_here = zip(op.results, results, strict=True)
+    tally.working = max(tally.working, nbytes)
     tally.saved += sum(_nbytes(t) for r, t in made_here if r.node in decision.context.gradients)
 
 
@@ -195,18 +198,27 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _static(executable: Executable, setting: Setting, saved: float) -> tuple[Memory, float]:
+def _optimizer_seconds(executable: Executable, setting: Setting) -> float:
+    decision, factored = executable.decision, executable.decision.context.segmented.factored
+    return sum(whole_bytes(factored, node) / itemsize(node) / storage.resting_parts(decision.mesh)
+               * setting.optimizer.step_bytes / setting.device.memory_bytes_per_s
+               for node, storage in decision.storage.items() if node in decision.context.gradients)
+
+
+def _fullest(executable: Executable, setting: Setting, tallies: list[_Tally]) -> Memory:
+    """The bytes of the fullest moment: the backward of each call in turn, of which the last comes first."""
     decision = executable.decision
-    factored = decision.context.segmented.factored
-    parameters = gradients = state = seconds = 0.0
-    for node, storage in decision.storage.items():
-        elements = whole_bytes(factored, node) / itemsize(node) / storage.resting_parts(decision.mesh)
-        parameters += elements * MASTER_BYTES + kept_bytes(decision.context, node, storage, decision.mesh)
-        if node in decision.context.gradients:
-            gradients += elements * MASTER_BYTES
-            state += elements * setting.optimizer.state_bytes
-            seconds += elements * setting.optimizer.step_bytes / setting.cluster.devices[0].memory_bytes_per_s
-    gathers = [sum(whole_bytes(factored, n) for n in call.segment.externals
-                   if n in decision.storage and decision.storage[n].gathered and not decision.storage[n].kept)
-               for call in executable.calls]
-    return Memory(parameters, gradients, state, saved, 2.0 * max(gathers, default=0.0)), seconds
+    kept = {node: held(decision.context, node, storage, decision.mesh, setting.optimizer.state_bytes)
+            for node, storage in decision.storage.items()}
+    read = [[node for node in dict.fromkeys(call.segment.externals) if node in kept] for call in executable.calls]
+    last = {node: place for place, nodes in enumerate(read) for node in nodes}
+    parameters, state = sum(h.parameter for h in kept.values()), sum(h.state for h in kept.values())
+    saved, gradients = 0.0, sum(h.gradient for h in kept.values())
+    seen: set[fx.Node] = set()
+    found = [Memory(parameters, gradients, state, 0.0, 0.0)]
+    for place, (tally, nodes) in enumerate(zip(tallies, read, strict=True)):
+        saved += tally.saved + sum(kept[node].copy for node in nodes if node not in seen)
+        seen.update(nodes)
+        found.append(Memory(parameters, gradients, state, saved, tally.working + sum(kept[n].working for n in nodes)))
+        gradients -= sum(kept[node].gradient for node in nodes if last[node] == place)
+    return max(found, key=lambda memory: memory.total)

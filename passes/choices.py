@@ -11,9 +11,10 @@ from torch import fx
 from autopar.core.device import Device
 from autopar.core.mesh import Mesh
 from autopar.core.sharding import Choice
-from autopar.passes.costs import MASTER_BYTES, Optimizer, Work, work_of
+from autopar.passes.costs import Optimizer, Work, work_of
 from autopar.passes.decision import Context
 from autopar.passes.layout import from_base, itemsize, local_bytes, local_shape, whole_bytes
+from autopar.passes.moments import held
 from autopar.passes.ops import Op
 from autopar.passes.rules.table import shape, tensor_operands
 from autopar.passes.strategies import Assignment, Storage, factor_parts
@@ -56,27 +57,18 @@ def _op_choice(context: Context, op: Op, assignment: Assignment, mesh: Mesh, dev
     saved = sum(local_bytes(factored, r.node, context.emitted(op, r, assignment), mesh)
                 for r in op.results if r.node in context.gradients)
     backward = work.backward_seconds(device) if context.through(op) else 0.0
-    return Choice(",".join(assignment), work.forward_seconds(device), backward, 0.0, saved)
+    return Choice(",".join(assignment), work.forward_seconds(device), backward, saved=saved, working=work.nbytes)
 
 
 def storage_choices(context: Context, node: fx.Node, options: Iterable[Storage], mesh: Mesh, optimizer: Optimizer,
                     device: Device) -> list[Choice]:
     """One choice a storage: the parameter with its gradient and the optimizer's state and step."""
-    factored, trained = context.segmented.factored, node in context.gradients
-    whole = whole_bytes(factored, node) / itemsize(node)
-    held = MASTER_BYTES * (2 if trained else 1) + (optimizer.state_bytes if trained else 0.0)
+    whole, trained = whole_bytes(context.segmented.factored, node) / itemsize(node), node in context.gradients
     found = []
     for storage in options:
         elements = whole / storage.resting_parts(mesh)
         seconds = elements * optimizer.step_bytes / device.memory_bytes_per_s if trained else 0.0
-        kept = kept_bytes(context, node, storage, mesh)
-        found.append(Choice(str(storage), 0.0, 0.0, seconds, elements * held + kept))
+        kept = held(context, node, storage, mesh, optimizer.state_bytes)
+        found.append(Choice(str(storage), 0.0, 0.0, seconds, kept.parameter + kept.state, kept.copy, kept.gradient,
+                            kept.working))
     return found
-
-
-def kept_bytes(context: Context, node: fx.Node, storage: Storage, mesh: Mesh) -> float:
-    """Bytes of a parameter that is gathered once and kept until the backward, in the compute dtype."""
-    if not storage.kept:
-        return 0.0
-    spec = storage.spec(context.rank(node), trained=False)
-    return whole_bytes(context.segmented.factored, node) / mesh.extent(spec.axes)

@@ -17,16 +17,17 @@ from autopar.core.routes import Seconds
 from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segment
 from autopar.core.spec import Spec, State, from_states
 from autopar.core.steps import States
-from autopar.passes.choices import compute_dtype, kept_bytes, op_choices, op_work, storage_choices
+from autopar.passes.choices import compute_dtype, op_choices, op_work, storage_choices
 from autopar.passes.costs import Optimizer, slowest
 from autopar.passes.decision import Context, Decision
 from autopar.passes.gathering import parameter_seconds, replicated_axes, with_summed
 from autopar.passes.modes import Mode
+from autopar.passes.moments import moments
 from autopar.passes.ops import Op
 from autopar.passes.outline import OUTPUT, Arrival, Key, Outline, outline
 from autopar.passes.strategies import Assignment, Storage, assignments, storages
 
-__all__ = ["Ends", "Problem", "Setting", "build", "check_batch", "compute_dtype", "kept_bytes", "op_work",
+__all__ = ["Ends", "Problem", "Setting", "build", "check_batch", "compute_dtype", "op_work",
            "replicated_axes", "with_summed"]
 Table = tuple[tuple[float, ...], ...]
 
@@ -120,8 +121,10 @@ class _Builder:
         segments = tuple(Segment(run.name, run.count, tuple(self.number[key] for key in run.ops),
                                  tuple(flow for flow, _ in flows))
                          for run, flows in zip(self.outline.runs, made, strict=True))
+        instance = Instance(tuple(self.nodes), segments, self.setting.budget,
+                            moments(self.context, self.outline, self.number))
         return Problem(
-            self.context, self.setting, Instance(tuple(self.nodes), segments, self.setting.budget),
+            self.context, self.setting, instance,
             tuple(self.number[key] for key in self.outline.op_keys),
             {node: self.number[self.outline.homes[node]] for node in self.outline.users},
             {self.number[key]: options for key, options in self.assigned.items() if key != OUTPUT},

@@ -135,21 +135,14 @@ def test_a_model_without_a_loss_is_refused() -> None:
 def test_the_budget_binds() -> None:
     context, where = model_context("gpt2", "bf16-mixed"), cluster((4,))
     free = planned("gpt2", (4,), "auto")
-    least = planned("gpt2", (4,), "zero3").memory
-    budget = 1.05 * (least.total - least.transient)
-    assert free.memory.total > budget
+    with pytest.raises(Infeasible) as refusal:
+        solve(context, where, Request("gpt2", mesh=(4,), memory_budget=1.0))
+    assert refusal.value.least_budget_bytes is not None
+    budget = (refusal.value.least_budget_bytes + free.memory.total) / 2
     tight, _ = solve(context, where, Request("gpt2", mesh=(4,), memory_budget=budget))
-    assert tight.memory.total - tight.memory.transient <= budget
+    assert tight.memory.total <= budget < free.memory.total
     assert tight.seconds.step >= free.seconds.step
     verify(tight, context, where)
-
-
-@pytest.mark.xfail(reason="the bytes of gathered parameters are in the plan's total, not in the solver's budget")
-def test_a_plan_keeps_to_its_budget_with_gathered_parameters() -> None:
-    least = planned("gpt2", (4,), "zero3").memory
-    budget = 1.05 * (least.total - least.transient)
-    request = Request("gpt2", mesh=(4,), memory_budget=budget)
-    assert solve(model_context("gpt2", "bf16-mixed"), cluster((4,)), request)[0].memory.total <= budget
 
 
 def test_too_small_a_budget_says_what_is_needed() -> None:
@@ -158,7 +151,7 @@ def test_too_small_a_budget_says_what_is_needed() -> None:
         solve(model_context("mlp", "bf16-mixed"), cluster((2,)), Request("mlp", memory_budget=1000.0))
     needed = float(str(refusal.value).partition("(")[2].partition(" bytes")[0])
     plan, _ = solve(model_context("mlp", "bf16-mixed"), cluster((2,)), Request("mlp", memory_budget=needed + 1))
-    assert plan.memory.total - plan.memory.transient <= needed + 1
+    assert plan.memory.total <= needed + 1
 
 
 # Plans that don't fit
@@ -193,8 +186,8 @@ def at(*path: Any) -> Callable[[Any], Callable[[dict[str, Any]], None]]:
     (at("ops")(lambda ops: ops[1:]), "is for another model"),
     (at("parameters", 0, "name")("nobody"), "is for another model.*nobody"),
     (at("ops", 0, "assignment")(["nonsense"]), "assignment of op .* is 'nonsense', which is none of its .* such as e0"),
-    (at("ops", 0, "assignment")([]), "assignment of op .* is ''"),
-    (at("ops", 0, "assignment")(["R", "R"]), "assignment of op .* is 'R,R'"),
+    (at("ops", 0, "assignment")([]), r"assignment.* of op .* is \[\], needed is an entry for each of the 1 axes"),
+    (at("ops", 0, "assignment")(["R", "R"]), r"assignment.* of op .* is \['R', 'R'\], needed is an entry for each"),
     (at("parameters", 0, "storage")("7"), "storage of parameter .* is '7', which is none of its .* such as R; Z"),
     (at("parameters", 0, "storage")("?"), "storage of parameter .* is '?'"),
     (at("parameters", 0, "storage")("R,R"), "storage of parameter .* is 'R,R'"),

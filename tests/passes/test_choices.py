@@ -31,8 +31,8 @@ def check_ops(ctx: Context, mesh: Mesh) -> None:
             kept = sum(local_bytes(ctx.segmented.factored, r.node, ctx.emitted(op, r, assignment), mesh)
                        for r in op.results if r.node in ctx.gradients)
             backward = work.backward_seconds(DEVICE) if ctx.through(op) else 0.0
-            told = (choice.name, choice.forward, choice.backward, choice.nbytes)
-            assert told == (",".join(assignment), work.forward_seconds(DEVICE), backward, kept)
+            told = (choice.name, choice.forward, choice.backward, choice.saved, choice.working)
+            assert told == (",".join(assignment), work.forward_seconds(DEVICE), backward, kept, work.nbytes)
 
 
 @pytest.mark.parametrize("mesh", [(2,), (4, 2), (2, 2), (2, 2, 2)], ids=str)
@@ -54,9 +54,13 @@ def test_storages_hold_less_the_more_parts_they_are_cut_into(name: str) -> None:
         whole = node.meta["val"].numel()
         for storage, choice in zip(options, storage_choices(ctx, node, options, mesh, optimizer, DEVICE), strict=True):
             elements = whole / storage.resting_parts(mesh)
-            kept = 4 * whole / 2 ** sum(isinstance(state, int) for state in storage.states) if storage.kept else 0.0
+            used = whole / 2 ** sum(isinstance(state, int) for state in storage.states)
+            again = bool(storage.gathered) and not storage.kept
             assert choice.optimizer == pytest.approx(elements * optimizer.step_bytes / DEVICE.memory_bytes_per_s)
-            assert choice.nbytes == pytest.approx(elements * (8 + optimizer.state_bytes) + kept)
+            assert choice.nbytes == pytest.approx(elements * (4 + optimizer.state_bytes))
+            assert choice.gradient == pytest.approx(elements * 4)
+            assert choice.saved == (4 * used if storage.kept else 0.0)
+            assert choice.working == (8 * used if again else 0.0) + (4 * used if storage.gathered else 0.0)
 
 
 def test_unequal_devices_are_priced_by_the_slowest_in_each_respect() -> None:
