@@ -28,6 +28,7 @@ from autopar.passes.capture import Precision, Program, capture, meta_twin
 from autopar.passes.decision import Context, Decision
 from autopar.plan import Plan
 from autopar.planner import Request, decision_of, evaluation_storage, prepare, program_key, solve, solve_pinned
+from autopar.ranks import on_rank_zero
 
 log = logging.getLogger("autopar")
 Inputs = Any
@@ -144,7 +145,7 @@ class Programs:
             found = order.plan or solve(ctx, order.cluster, order.request, log.info)[0]
             return json.dumps(found.to_json())
 
-        found = Plan.from_json(json.loads(launch.on_rank_zero(make)))
+        found = Plan.from_json(json.loads(on_rank_zero(make)))
         if found.cluster_key != order.cluster.key() or found.program_key != program_key(ctx):
             raise AutoparError(f"the plan is for program {found.program_key} on {found.cluster} ({found.cluster_key}), "
                                f"this is {program_key(ctx)} on {order.cluster} ({order.cluster.key()}); plan again")
@@ -165,7 +166,7 @@ class Programs:
                                      evaluation_storage(first))
                 return json.dumps(found.assignments)
 
-            assigned = tuple(tuple(a) for a in json.loads(launch.on_rank_zero(make)))
+            assigned = tuple(tuple(a) for a in json.loads(on_rank_zero(make)))
             stored = evaluation_storage(first)
             sources = ctx.segmented.factored.program.sources
             storage = {n: stored[sources[n.name].name] for n in ctx.parameters()}

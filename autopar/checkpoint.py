@@ -27,11 +27,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.optim import Optimizer
 
-from autopar import launch, optimizer_state
+from autopar import optimizer_state
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
 from autopar.core.files import entry, read_object
 from autopar.plain_json import decode, encode
+from autopar.ranks import on_rank_zero, together
 from autopar.tensor_files import Reader, Table, Writer, checksum
 
 FORMAT = "autopar checkpoint 1"
@@ -63,11 +64,11 @@ def save(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None, *
     module = _compiled(model)
     record, state = optimizer_state.take(optimizer, _names(module)) if optimizer is not None else (None, {})
     head = {"optimizer": record, "random": module.random_state(), "progress": encode(progress, "progress")}
-    draft = Path(launch.on_rank_zero(lambda: str(_new_draft(Path(folder)))))
+    draft = Path(on_rank_zero(lambda: str(_new_draft(Path(folder)))))
     writer = Writer(draft, dist.get_rank())
     try:
         _together(lambda: write_tensors({**_tensors(module), **state}, storage_writer=writer))
-        return Path(launch.on_rank_zero(lambda: str(_put_in_place(draft, head, writer.table))))
+        return Path(on_rank_zero(lambda: str(_put_in_place(draft, head, writer.table))))
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -82,8 +83,8 @@ def load(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None) -
     """
     module = _compiled(model)
     names = _names(module)
-    chosen = Path(launch.on_rank_zero(lambda: str(_choose(Path(folder)))))
-    head = parse_head(json.loads(launch.on_rank_zero(lambda: json.dumps(read_object(chosen / HEAD)))))
+    chosen = Path(on_rank_zero(lambda: str(_choose(Path(folder)))))
+    head = parse_head(json.loads(on_rank_zero(lambda: json.dumps(read_object(chosen / HEAD)))))
     _together(lambda: _check_contents(chosen, head.table))
     wanted = _tensors(module)
     _check_same_model(wanted, head.table, chosen)
@@ -202,19 +203,15 @@ def _check_contents(checkpoint: Path, table: Table) -> None:
 
 
 def _together(act: Callable[[], Any]) -> None:
-    """`act` on every rank. What fails on any rank is raised as one AutoparError on all of them."""
-    failure: str | None = None
-    try:
-        act()
-    except (AutoparError, OSError) as error:
-        failure = str(error)
-    except CheckpointException as error:
-        failure = "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    told = sorted({f for f in failures if f is not None})
-    if told:
-        raise AutoparError("; ".join(told))
+    """`act` on every rank. What fails on any rank is an AutoparError on all of them."""
+    def checked() -> None:
+        try:
+            act()
+        except OSError as error:
+            raise AutoparError(str(error)) from error
+        except CheckpointException as error:
+            raise AutoparError("; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))) from error
+    together(checked)
 
 
 # The model.

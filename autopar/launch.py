@@ -6,14 +6,15 @@ import atexit
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from autopar.core.cluster import Cluster
-from autopar.core.errors import AutoparError
+from autopar.core.errors import AutoparError, UnknownName
+from autopar.core.told import told
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,14 @@ class Launch:
     port: int
 
 
-_LAUNCHERS: dict[str, tuple[str, str, str]] = {
+LAUNCHERS: dict[str, tuple[str, str, str]] = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
+_BACKENDS = ("gloo", "nccl")
 _DEFAULT_PORT = 29500
+_LAST_PORT, _MOST_RANKS = 2**16 - 1, 2**20
 _SETTLE_SECONDS = 0.1
 """How long gloo's threads may take at exit to drop the tensors of the last collectives. They need Python's lock for it,
 and one that asks for the lock when the interpreter is ending aborts the process: seen on torch 2.13."""
@@ -48,6 +51,8 @@ def init(rank: int | None = None, world_size: int | None = None, host: str | Non
     if dist.is_initialized():
         return
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend not in _BACKENDS:
+        raise UnknownName("backend", backend, list(_BACKENDS))
     if backend == "nccl" and not torch.cuda.is_available():
         raise AutoparError("backend nccl needs a GPU, torch.cuda finds none on this machine; leave backend= out for "
                            "gloo")
@@ -57,29 +62,74 @@ def init(rank: int | None = None, world_size: int | None = None, host: str | Non
         atexit.register(time.sleep, _SETTLE_SECONDS)
     if backend == "nccl":
         torch.cuda.set_device((launch.local_rank if launch else 0) % torch.cuda.device_count())
+    try:
+        _join(backend, launch, _store(launch, given))
+    except (RuntimeError, ValueError, OSError) as error:
+        who = f"rank {launch.rank} of {launch.world_size} can't meet the others at {launch.host}:{launch.port}" if (
+            launch) else "can't start a group of one"
+        said = next(iter(str(error).splitlines()), "")
+        raise AutoparError(f"{who}: {type(error).__name__}: {said}; see that all ranks start with one host and port, "
+                           "that the port is free and that no rank is given twice") from error
+
+
+def _join(backend: str, launch: Launch | None, store: str) -> None:
+    rank, size = (launch.rank, launch.world_size) if launch else (0, 1)
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
+
+
+def _store(launch: Launch | None, given: Launch | None) -> str:
+    """Where the ranks meet, as torch wants it."""
     if launch is None:
-        folder = tempfile.mkdtemp(prefix="autopar-")
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
-        return
-    store = f"tcp://{launch.host}:{launch.port}"
-    dist.init_process_group(backend, init_method="env://" if given is None and "MASTER_ADDR" in os.environ else store,
-                            rank=launch.rank, world_size=launch.world_size)
+        return f"file://{tempfile.mkdtemp(prefix='autopar-')}/store"
+    if given is None and "MASTER_ADDR" in os.environ:
+        return "env://"
+    return f"tcp://{launch.host}:{launch.port}"
 
 
 def _given(rank: int | None, world_size: int | None, host: str | None, port: int | None) -> Launch | None:
+    """What `init` was told, None for nothing. Raises AutoparError unless it is a place in a group."""
     if rank is None and world_size is None:
+        if host is not None or port is not None:
+            raise AutoparError(f"host {host} and port {port} are given without rank and world_size; give all of them, "
+                               "or none under a launcher")
         return None
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise AutoparError(f"rank {rank} of {world_size}: give both, with 0 <= rank < world_size")
-    return Launch(rank, world_size, rank, host or "127.0.0.1", port or _DEFAULT_PORT)
+    place: object = "127.0.0.1" if host is None else host
+    if not (isinstance(place, str) and place):
+        raise AutoparError(f"host is {told(host)}, needed is the name or address of rank 0's machine")
+    figures = {"rank": rank, "world_size": world_size, "port": _DEFAULT_PORT if port is None else port}
+    return _launch(figures, rank, place)
 
 
 def _launched() -> Launch | None:
-    for rank, size, local in _LAUNCHERS.values():
-        if rank in os.environ and size in os.environ:
-            host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", _DEFAULT_PORT))
-            return Launch(int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, "0")), host, port)
+    """What a launcher says in the environment, None where there is none. Raises AutoparError where it says nonsense."""
+    for names in LAUNCHERS.values():
+        if all(name in os.environ for name in names[:2]):
+            rank, size, local = (_environment(name, 0) for name in names)
+            figures = {names[0]: rank, names[1]: size, "MASTER_PORT": _environment("MASTER_PORT", _DEFAULT_PORT)}
+            return _launch(figures, local, os.environ.get("MASTER_ADDR", "127.0.0.1"))
     return None
+
+
+def _environment(name: str, otherwise: int) -> object:
+    """The variable as a number where it is one."""
+    text = os.environ.get(name, str(otherwise))
+    return int(text) if text.isascii() and text.isdecimal() else text
+
+
+def _launch(figures: Mapping[str, object], local_rank: object, host: str) -> Launch:
+    """A place in a group of `figures`, by the names they were given: rank, size and port. Raises AutoparError."""
+    (rank_name, rank), (size_name, size), (port_name, port) = figures.items()
+    count = _whole(size_name, size, 1, _MOST_RANKS)
+    place = _whole(rank_name, rank, 0, count - 1)
+    return Launch(place, count, _whole("local rank", local_rank, 0, count - 1), host,
+                  _whole(port_name, port, 1, _LAST_PORT))
+
+
+def _whole(name: str, value: object, least: int, most: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+        return value
+    raise AutoparError(f"{name} is {told(value)}, needed is a whole number from {least} to {most}; give both rank= and "
+                       "world_size=, or start with torchrun, srun or mpirun")
 
 
 def device() -> torch.device:
@@ -107,23 +157,3 @@ def local_cluster(world_size: int) -> Cluster:
 _KINDS: list[tuple[tuple[str, ...], str]] = [(("H200",), "H200"), (("H100",), "H100"), (("A100", "SXM"), "A100"),
                                              (("A100", "PCIe"), "PCIe-A100"), (("A100",), "A100"), (("V100",), "V100"),
                                              (("4090",), "RTX-4090")]
-
-
-def on_rank_zero(make: Callable[[], str]) -> str:
-    """What rank 0's `make` returns, on every rank; its AutoparError is raised on every rank."""
-    said: list[tuple[str, str] | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            said = [("made", make())]
-        except AutoparError as error:
-            said = [("refused", str(error))]
-        except BaseException as error:
-            text = f"rank 0 failed with {type(error).__name__}: {error}; see its traceback"
-            dist.broadcast_object_list([("refused", text)])
-            raise
-    dist.broadcast_object_list(said)
-    assert said[0] is not None
-    kind, text = said[0]
-    if kind == "refused":
-        raise AutoparError(text)
-    return text

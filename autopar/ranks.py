@@ -1,0 +1,64 @@
+"""What all ranks of a job do together, so that when one can't go on none waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from autopar.core.errors import AutoparError, Infeasible
+
+Value = TypeVar("Value")
+
+
+def on_rank_zero(make: Callable[[], str]) -> str:
+    """What rank 0's `make` returns, on every rank; its AutoparError is raised on every rank, Infeasible as such."""
+    said: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            said = [("made", make(), None)]
+        except AutoparError as error:
+            told = ("infeasible", str(error), error.least_budget_bytes) if isinstance(error, Infeasible) else (
+                "refused", str(error), None)
+            dist.broadcast_object_list([told])
+            raise
+        except BaseException as error:
+            text = f"rank 0 failed with {type(error).__name__}: {error}; see its traceback"
+            dist.broadcast_object_list([("refused", text, None)])
+            raise
+    dist.broadcast_object_list(said)
+    kind, text, least = said[0]
+    if kind == "infeasible":
+        raise Infeasible(text, least)
+    if kind == "refused":
+        raise AutoparError(text)
+    return str(text)
+
+
+def together(act: Callable[[], Value]) -> Value:
+    """What `act` returns on this rank. What it raises on any rank is an AutoparError of one text on all others.
+
+    Collective where there are ranks, even when `act` fails.
+    """
+    try:
+        found = act()
+    except Exception as error:
+        mine = str(error) if isinstance(error, AutoparError) else f"{type(error).__name__}: {error}"
+        failures = _exchanged(mine)
+        if failures == [mine] or not isinstance(error, AutoparError):
+            raise
+        raise AutoparError("; ".join(failures)) from error
+    failures = _exchanged(None)
+    if failures:
+        raise AutoparError("; ".join(failures))
+    return found
+
+
+def _exchanged(failure: str | None) -> list[str]:
+    """The failures of all ranks, each once, in one order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [] if failure is None else [failure]
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    return sorted({text for text in failures if text is not None})
