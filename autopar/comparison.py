@@ -11,7 +11,7 @@ from autopar.passes.decision import Context
 from autopar.passes.modes import MODES
 from autopar.passes.problem import Problem
 from autopar.plan import Plan
-from autopar.planner import Report, Request, solve, status_of
+from autopar.planner import TIE, Report, Request, solve, status_of
 
 Found = tuple[Plan, Problem]
 
@@ -68,13 +68,13 @@ def _rivals(ctx: Context, cluster: Cluster, request: Request,
 def _faster(auto: Found, rival: Found, ctx: Context, cluster: Cluster, request: Request, report: Report) -> Found:
     """Auto's plan, or a better one where the fastest mode's is faster: auto's on that mesh, else that mode's."""
     plan, mesh = rival[0], rival[0].mesh
-    if auto[0].step_time_s <= plan.step_time_s:
+    if auto[0].step_time_s <= plan.step_time_s * (1.0 + TIE):
         return auto
     if auto[0].mesh != mesh:
         report(f"mode {plan.mode} is faster on mesh {'x'.join(map(str, mesh))}; auto there:")
         with contextlib.suppress(AutoparError):  # out of time
             auto = solve(ctx, cluster, replace(request, mesh=mesh), report)
-    if auto[0].step_time_s <= plan.step_time_s:
+    if auto[0].step_time_s <= plan.step_time_s * (1.0 + TIE):
         return auto
     bound = (1.0 - auto[0].gap) * auto[0].step_time_s if auto[0].mesh == mesh else 0.0
     gap = max(0.0, 1.0 - bound / plan.step_time_s)

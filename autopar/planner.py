@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -29,12 +31,14 @@ from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds
-from autopar.solver.optimise import optimise
+from autopar.solver.optimise import improve, optimise
 from autopar.workload import peak_flops_per_s, workload_of
 
 RESERVE = 0.08
 """The share of a device's memory that is left to the context, communication buffers and fragmentation."""
 AGREEMENT = 1e-6
+TIE = 1e-9
+"""The relative difference in seconds below which two meshes are as fast as each other."""
 SOLVE_LIMIT_S = 30.0
 """Seconds for one mesh shape; what is found by then is taken, with its proven gap."""
 Report = Callable[[str], None]
@@ -78,10 +82,10 @@ def prepare(program: Program) -> Context:
 
 
 def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
-    """The mesh shapes to try."""
+    """The mesh shapes to try, the most even first: of equally fast ones the first is taken."""
     if request.mesh is not None:
         return (request.mesh,)
-    return mode_called(request.mode).shapes_for(cluster.size)
+    return tuple(sorted(mode_called(request.mode).shapes_for(cluster.size), key=max))
 
 
 def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> tuple[Plan, Problem]:
@@ -97,14 +101,18 @@ def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lam
         check_batch(ctx, setting)
         try:
             setting = replace(setting, allowed=allowed(ctx, setting.mesh, setting.mode, request.pins))
-            problem = build(ctx, setting)
-            solution = optimise(problem.instance, request.solver, SOLVE_LIMIT_S)
+            start, problem = time.perf_counter(), build(ctx, setting)
+            beat = best[0].seconds * (1.0 - TIE) if best else math.inf
+            solution = improve(problem.instance, beat, request.solver, SOLVE_LIMIT_S)
         except (Infeasible, PinRefused) as refusal:
             refusals.append((setting.mesh, refusal))
             continue
-        spent += solution.solve_seconds
-        report(f"mesh {setting.mesh}: {1e3 * solution.seconds:.3f} ms a step, solved in {solution.solve_seconds:.2f} s")
-        if best is None or _better(solution, problem, *best):
+        spent += (taken := time.perf_counter() - start)
+        if solution is None:
+            report(f"mesh {setting.mesh}: no faster, seen in {taken:.2f} s")
+            continue
+        report(f"mesh {setting.mesh}: {1e3 * solution.seconds:.3f} ms a step, solved in {taken:.2f} s")
+        if best is None or solution.seconds < beat:
             best = solution, problem
     if best is None:
         raise _refusal(refusals, request.pins)
@@ -120,18 +128,6 @@ def _refusal(refusals: list[tuple[Mesh, AutoparError]], pins: Pins) -> AutoparEr
     pinned = f"with {', '.join(f'{name} pinned to {strategy}' for name, strategy in pins)}: " if pins else ""
     least = [refusal.least_budget_bytes for refusal in infeasible if refusal.least_budget_bytes is not None]
     return Infeasible(pinned + text, min(least, default=None))
-
-
-def _better(solution: Solution, problem: Problem, other: Solution, best: Problem) -> bool:
-    """Fewer seconds; at a tie the mesh with more axes, which tells apart what the other lumps together."""
-    if abs(solution.seconds - other.seconds) > 1e-9 * other.seconds:
-        return solution.seconds < other.seconds
-    return _evenness(problem) > _evenness(best)
-
-
-def _evenness(problem: Problem) -> tuple[int, int]:
-    shape = problem.setting.mesh.shape
-    return len(shape), -max(shape)
 
 
 def _plan(solution: Solution, problem: Problem, request: Request, spent: float) -> Plan:

@@ -51,6 +51,8 @@ class AxisMode:
     part: Part | None = None
 
 
+MOST_WITH_THREE = 3
+"""The most meshes of three axes that auto searches; more take it longer than what a third axis gains is worth."""
 _EVERY: frozenset[Role] = frozenset(("batch", "data", "model"))
 _BATCH: frozenset[Role] = frozenset(("batch",))
 _MODEL: frozenset[Role] = frozenset(("model",))
@@ -141,12 +143,21 @@ def _cube(devices: int) -> tuple[Shape, ...]:
     return ((side, side, side),) if side > 1 and side**3 == devices else ()
 
 
-def _up_to_two(devices: int) -> tuple[Shape, ...]:
-    return mesh_shapes(devices, 2)
+def _finest(devices: int) -> tuple[Shape, ...]:
+    """The meshes of three axes, or of two where those would be many.
+
+    One that joins neighbouring axes of another can do nothing that the other can't, so it is left out.
+    """
+    for most in (3, 2):
+        shapes = mesh_shapes(devices, most)
+        finest = tuple(shape for shape in shapes if len(shape) == max(map(len, shapes)))
+        if len(finest) <= MOST_WITH_THREE:
+            return finest
+    return finest
 
 
 _TABLE = (
-    Mode("auto", (_FREE,), _up_to_two, "any mesh"),
+    Mode("auto", (_FREE,), _finest, "any mesh"),
     Mode("ddp", (_data("R"),), _line, "one axis"),
     Mode("zero1", (_data("K"),), _line, "one axis"),
     Mode("zero2", (_data("K"),), _line, "one axis"),

@@ -99,8 +99,9 @@ def test_a_decision_comes_back_from_its_plan() -> None:
 # Mesh shapes
 
 @pytest.mark.parametrize(("mode", "size", "shapes"), [
-    ("auto", 4, [(4,), (2, 2)]), ("ddp", 4, [(4,)]), ("1d", 8, [(8,)]), ("auto", 6, [(6,), (2, 3), (3, 2)]),
-    ("auto", 1, [(1,)]), ("auto", 2, [(2,)]),
+    ("auto", 4, [(2, 2)]), ("ddp", 4, [(4,)]), ("1d", 8, [(8,)]), ("auto", 6, [(2, 3), (3, 2)]),
+    ("auto", 1, [(1,)]), ("auto", 2, [(2,)]), ("auto", 8, [(2, 2, 2)]), ("auto", 12, [(2, 2, 3), (2, 3, 2), (3, 2, 2)]),
+    ("auto", 32, [(4, 8), (8, 4), (2, 16), (16, 2)]), ("zero+1d", 8, [(2, 4), (4, 2)]),
 ])
 def test_mesh_shapes_that_are_tried(mode: str, size: int, shapes: list[tuple[int, ...]]) -> None:
     assert list(shapes_for(Request("m", mode), cluster((size,)))) == shapes
@@ -111,7 +112,21 @@ def test_the_best_mesh_is_taken() -> None:
     said: list[str] = []
     best = solve(context, cluster((4,)), Request("mlp"), said.append)[0]
     assert best.seconds.step == min(planned("mlp", mesh, "auto").seconds.step for mesh in [(4,), (2, 2)])
-    assert [text.partition(":")[0] for text in said] == ["mesh 4", "mesh 2x2"]
+    assert [text.partition(":")[0] for text in said] == ["mesh 2x2"]
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+@pytest.mark.parametrize(("coarse", "fine"), [((4,), (2, 2)), ((6,), (3, 2)), ((2, 4), (2, 2, 2)), ((8,), (2, 2, 2))])
+def test_a_mesh_is_never_worse_than_one_that_joins_its_axes(name: str, coarse: tuple[int, ...],
+                                                            fine: tuple[int, ...]) -> None:
+    assert planned(name, fine, "auto").seconds.step <= planned(name, coarse, "auto").seconds.step * (1 + 1e-9)
+
+
+def test_no_mesh_that_was_tried_is_faster() -> None:
+    context, where = model_context("gpt2", "bf16-mixed"), cluster((12,))
+    best = solve(context, where, Request("gpt2"))[0].seconds.step
+    for shape in shapes_for(Request("gpt2"), where):
+        assert best <= solve(context, where, Request("gpt2", mesh=shape))[0].seconds.step * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("request_", "message"), [
