@@ -31,7 +31,7 @@ from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds
-from autopar.solver.optimise import improve, optimise
+from autopar.solver.optimise import Begun, begin, finish, optimise
 from autopar.workload import peak_flops_per_s, workload_of
 
 RESERVE = 0.08
@@ -82,7 +82,7 @@ def prepare(program: Program) -> Context:
 
 
 def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
-    """The mesh shapes to try, the most even first: of equally fast ones the first is taken."""
+    """The mesh shapes to try, the most even first."""
     if request.mesh is not None:
         return (request.mesh,)
     return tuple(sorted(mode_called(request.mode).shapes_for(cluster.size), key=max))
@@ -94,29 +94,40 @@ def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lam
     Raises Infeasible when no shape has one, AutoparError when that is for the pins alone.
     """
     best: tuple[Solution, Problem] | None = None
+    start, least = time.perf_counter(), math.inf
+    for problem, begun in _begun(ctx, cluster, request, report):
+        beat = best[0].seconds * (1.0 - TIE) if best else math.inf
+        solution = finish(begun, beat, request.solver, SOLVE_LIMIT_S)
+        if solution is None:
+            report(f"mesh {problem.setting.mesh}: no faster")
+            continue
+        report(f"mesh {problem.setting.mesh}: {1e3 * solution.seconds:.3f} ms a step, solved in "
+               f"{solution.solve_seconds:.2f} s")
+        least = min(least, solution.bound)
+        if solution.seconds < beat:
+            best = solution, problem
+    assert best is not None
+    proven = replace(best[0], bound=min(least, best[0].seconds))
+    return _plan(proven, best[1], request, time.perf_counter() - start), best[1]
+
+
+def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> list[tuple[Problem, Begun]]:
+    """The problem of every mesh shape that has a plan, bounded, the most promising first. Raises AutoparError."""
+    found: list[tuple[Problem, Begun]] = []
     refusals: list[tuple[Mesh, AutoparError]] = []
-    spent = 0.0
     for shape in shapes_for(request, cluster):
         setting = request.setting(cluster, shape)
         check_batch(ctx, setting)
         try:
             setting = replace(setting, allowed=allowed(ctx, setting.mesh, setting.mode, request.pins))
-            start, problem = time.perf_counter(), build(ctx, setting)
-            beat = best[0].seconds * (1.0 - TIE) if best else math.inf
-            solution = improve(problem.instance, beat, request.solver, SOLVE_LIMIT_S)
+            problem = build(ctx, setting)
+            found.append((problem, begin(problem.instance, solver=request.solver, limit_s=SOLVE_LIMIT_S)))
+            report(f"mesh {setting.mesh}: at least {1e3 * found[-1][1].bound.seconds:.3f} ms a step")
         except (Infeasible, PinRefused) as refusal:
             refusals.append((setting.mesh, refusal))
-            continue
-        spent += (taken := time.perf_counter() - start)
-        if solution is None:
-            report(f"mesh {setting.mesh}: no faster, seen in {taken:.2f} s")
-            continue
-        report(f"mesh {setting.mesh}: {1e3 * solution.seconds:.3f} ms a step, solved in {taken:.2f} s")
-        if best is None or solution.seconds < beat:
-            best = solution, problem
-    if best is None:
+    if not found:
         raise _refusal(refusals, request.pins)
-    return _plan(*best, request, spent), best[1]
+    return sorted(found, key=lambda each: each[1].bound.seconds)
 
 
 def _refusal(refusals: list[tuple[Mesh, AutoparError]], pins: Pins) -> AutoparError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.sharding import Instance, Solution, ledger, price
@@ -37,26 +37,50 @@ def optimise(instance: Instance, solver: str = "cbc", limit_s: float | None = No
 
 def improve(instance: Instance, beat: float, solver: str = "cbc", limit_s: float | None = None) -> Solution | None:
     """As `optimise`; None as soon as no solution is proven to take fewer seconds than `beat`."""
+    return finish(begin(instance, beat, solver, limit_s), beat, solver, limit_s)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Begun:
+    """An instance that is presolved and bounded, which took `seconds`."""
+
+    instance: Instance
+    reduced: Reduced
+    bound: Bound
+    seconds: float
+
+
+def begin(instance: Instance, enough: float = math.inf, solver: str = "cbc", limit_s: float | None = None) -> Begun:
+    """Presolve and bound; a bound of `enough` seconds a step will do. Raises Infeasible with what is needed."""
     start = time.perf_counter()
     for node in instance.nodes:
         if not node.choices:
             raise Infeasible(f"{node.name} has no choice, needed is at least one; being replicated is always possible")
     reduced = presolve(instance)
-    small = reduced.instance
     if len(ledger(instance).binding(instance.budget).table) and least_bytes(instance, solver) > instance.budget:
         raise _refusal(instance, solver)
-    bound = raise_bound(small, solver, beat, None if limit_s is None else limit_s / 3)
+    bound = raise_bound(reduced.instance, solver, enough, None if limit_s is None else limit_s / 3)
     if math.isinf(bound.seconds):
         raise _no_way(instance, solver)
+    return Begun(instance, reduced, bound, time.perf_counter() - start)
+
+
+def finish(begun: Begun, beat: float, solver: str = "cbc", limit_s: float | None = None) -> Solution | None:
+    """The solution, or None where the bound says that it does not take fewer seconds than `beat`.
+
+    `limit_s` counts from the beginning. Raises AutoparError where that was too short for any.
+    """
+    bound, reduced, start = begun.bound, begun.reduced, time.perf_counter() - begun.seconds
     if bound.seconds >= beat:
         return None
-    known = _known(small, bound, solver, limit_s)
-    kept = survivors(bound, known.seconds) if known else _all(small)
+    known = _known(reduced.instance, bound, solver, limit_s)
+    kept = survivors(bound, known.seconds) if known else _all(reduced.instance)
     left = None if limit_s is None else max(0.1, limit_s - (time.perf_counter() - start))
-    solved = _solved(small, kept, solver, left)
+    solved = _solved(reduced.instance, kept, solver, left)
     found = _better(solved, known)
     if found is None:
-        raise AutoparError(f"{solver} found no solution of {formulate(small)} within {limit_s} s; allow it more")
+        raise AutoparError(f"{solver} found no solution of {formulate(reduced.instance)} within {limit_s} s; allow it "
+                           "more")
     least = min(found.seconds, max(solved.bound if solved else 0.0, bound.seconds))
     return Solution("optimal" if least == found.seconds else "feasible", reduced.restore(found.choices), found.seconds,
                     found.nbytes, least, time.perf_counter() - start)
