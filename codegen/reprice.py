@@ -16,12 +16,13 @@ from torch import Tensor, fx, nn
 
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.executable import Call, Executable
-from autopar.core.reshard import MOVES_DATA, Primitive
+from autopar.core.reshard import MOVES_DATA
 from autopar.core.sharding import Priced
 from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.costs import work_of
 from autopar.passes.decision import Decision
+from autopar.passes.gathering import latency_share, shared_seconds
 from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.ops import Op
@@ -53,8 +54,9 @@ class _Phase:
 
 @dataclass(slots=True)
 class _Tally:
-    """What one call comes to; `working` are the bytes of its largest op."""
+    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies."""
 
+    share: float
     forward: _Phase = field(default_factory=_Phase)
     backward: _Phase = field(default_factory=_Phase)
     saved: float = 0.0
@@ -99,7 +101,7 @@ def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
     shapes = _Shapes(lowered.module)
     with torch.no_grad():
         shapes.run(*_arguments(call, decision), torch.empty((), dtype=torch.int64, device="meta"))
-    tally = _Tally()
+    tally = _Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
     by_op: dict[int, list[fx.Node]] = {}
     for node in lowered.module.graph.nodes:
         if "op" in node.meta:
@@ -136,7 +138,8 @@ def _add_communication(node: fx.Node, shapes: _Shapes, tally: _Tally, decision: 
     if isinstance(module, ReduceGradients):
         names = {n.name for n in decision.context.gradients}
         nbytes = sum(_nbytes(shapes.env[n]) for n in node.all_input_nodes if n.name in names)
-        tally.backward.hidden += _bandwidth(setting, "all_reduce", module.axes, nbytes)
+        count = sum(n.name in names for n in node.all_input_nodes)
+        tally.backward.hidden += shared_seconds(setting.price, "all_reduce", module.axes, nbytes, count * tally.share)
         return
     assert isinstance(module, Reshard)
     parameter, differentiable = node.meta["reshard"]
@@ -156,16 +159,13 @@ def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setti
     trained = node in decision.context.gradients
     spec = storage.spec(len(factored.flat(node)), trained)
     elements = math.prod(local_factors(factored, node, spec, decision.mesh))
-    gathered = _bandwidth(setting, "all_gather", storage.gathered, elements * itemsize(node))
+    gathered = shared_seconds(setting.price, "all_gather", storage.gathered, elements * itemsize(node), tally.share)
     tally.forward.hidden += gathered
     if trained:
         master = 4 if factored.program.precision.endswith("-mixed") else itemsize(node)
-        scattered = _bandwidth(setting, "reduce_scatter", storage.gathered, elements * master)
+        scattered = shared_seconds(setting.price, "reduce_scatter", storage.gathered, elements * master,
+                                   tally.share)
         tally.backward.hidden += scattered + (0.0 if storage.kept else gathered)
-
-
-def _bandwidth(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nbytes: float) -> float:
-    return setting.price(primitive, axes, nbytes) - setting.price(primitive, axes, 0.0) if axes else 0.0
 
 
 def _add_op(op: Op, nodes: list[fx.Node], shapes: _Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:

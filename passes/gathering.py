@@ -1,13 +1,14 @@
 """What it costs to bring parameters from how they rest to how ops want them.
 
-The gathers and gradient sums of a segment travel together, so they are priced by bandwidth alone; what is left to do
-from spec to spec is priced as any reshard.
+The gathers and gradient sums of a segment travel together, so each of its parameters pays its bytes and an equal share
+of the latency; what is left to do from spec to spec is priced as any reshard.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -22,13 +23,29 @@ from autopar.passes.strategies import Storage
 Axes = tuple[int, ...]
 
 
-def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], cargo: Cargo, mesh: Mesh, price: Price,
-                      reduce_scale: float) -> tuple[Seconds, Seconds]:
-    """Forward and backward (stored, targets); `reduce_scale` is gradient bytes over parameter bytes.
+@dataclass(frozen=True, slots=True)
+class Together:
+    """How parameters travel: gradient bytes over parameter bytes, and the share of a collective's latency of each."""
 
-    A gathered parameter is gathered again in the backward unless it is kept.
+    reduce_scale: float
+    latency_share: float
+
+
+def latency_share(parameters: int) -> float:
+    """The share of each of so many parameters of a segment."""
+    return 1.0 / max(1, parameters)
+
+
+def shared_seconds(price: Price, primitive: Primitive, axes: Axes, nbytes: float, share: float) -> float:
+    """Seconds of a collective of which only a `share` of the latency counts."""
+    return price(primitive, axes, nbytes) - (1.0 - share) * price(primitive, axes, 0.0) if axes else 0.0
+
+
+def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], cargo: Cargo, mesh: Mesh, price: Price,
+                      together: Together) -> tuple[Seconds, Seconds]:
+    """Forward and backward (stored, targets). A gathered parameter is gathered again in the backward unless it is kept.
     """
-    bandwidth = _bandwidth(cargo, price, reduce_scale)
+    bandwidth = _bandwidth(cargo, price, together)
     partial = [tuple(axis for axis, state in enumerate(states) if state == "G") for states in targets]
     sums = {axes: i for i, axes in enumerate(dict.fromkeys(partial))}
     starts: dict[States, int] = {}
@@ -51,12 +68,12 @@ def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], carg
     return forward + way[0][taken], backward[:, column] + way[1][taken]
 
 
-def _bandwidth(cargo: Cargo, price: Price, reduce_scale: float) -> Callable[[Primitive, Axes, int], float]:
-    """Seconds of a collective, without latency, of a parameter that is cut into so many parts besides."""
+def _bandwidth(cargo: Cargo, price: Price, together: Together) -> Callable[[Primitive, Axes, int], float]:
+    """Seconds of a collective of a parameter that is cut into so many parts besides."""
     @cache
     def seconds(primitive: Primitive, axes: Axes, parts: int) -> float:
-        nbytes = cargo.nbytes / parts * (1.0 if primitive == "all_gather" else reduce_scale)
-        return price(primitive, axes, nbytes) - price(primitive, axes, 0.0) if axes else 0.0
+        nbytes = cargo.nbytes / parts * (1.0 if primitive == "all_gather" else together.reduce_scale)
+        return shared_seconds(price, primitive, axes, nbytes, together.latency_share)
     return seconds
 
 

@@ -47,12 +47,14 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """`count` segments of one class that read from the same ops and parameters; `ops` in order, values that arrive."""
+    """`count` segments of one class that read from the same ops and so many `parameters`; `ops` in order, values that
+    arrive."""
 
     name: str
     count: int
     ops: tuple[Key, ...]
     arrivals: tuple[Arrival, ...]
+    parameters: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +162,8 @@ class _Tracer:
         for base in self._outputs(segment):
             readers.setdefault(base, []).append(Reader(OUTPUT, {"R": "R"}))
         arrivals = tuple(self._arrival(port, tuple(found)) for port, found in readers.items())
-        return Run(segment.name, len(group), tuple(self.op_keys[i] for i in segment.ops), arrivals)
+        parameters = sum(node in self.users for node in segment.externals)
+        return Run(segment.name, len(group), tuple(self.op_keys[i] for i in segment.ops), arrivals, parameters)
 
     def _outputs(self, segment: Segment) -> list[fx.Node]:
         factored = self.context.segmented.factored

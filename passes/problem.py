@@ -20,11 +20,11 @@ from autopar.core.steps import States
 from autopar.passes.choices import compute_dtype, op_choices, op_work, storage_choices
 from autopar.passes.costs import Optimizer, slowest
 from autopar.passes.decision import Context, Decision
-from autopar.passes.gathering import parameter_seconds, replicated_axes, with_summed
+from autopar.passes.gathering import Together, latency_share, parameter_seconds, replicated_axes, with_summed
 from autopar.passes.modes import Mode
 from autopar.passes.moments import moments
 from autopar.passes.ops import Op
-from autopar.passes.outline import OUTPUT, Arrival, Key, Outline, outline
+from autopar.passes.outline import OUTPUT, Arrival, Key, Outline, Run, outline
 from autopar.passes.strategies import Assignment, Storage, assignments, storages
 
 __all__ = ["Ends", "Problem", "Setting", "build", "check_batch", "compute_dtype", "op_work",
@@ -117,7 +117,7 @@ class _Builder:
             self._add_op(key, op, count)
         for key, (node, count) in self.outline.parameters.items():
             self._add_parameter(key, node, count)
-        made = [[self._flow(arrival) for arrival in run.arrivals] for run in self.outline.runs]
+        made = [[self._flow(arrival, self._together(run)) for arrival in run.arrivals] for run in self.outline.runs]
         segments = tuple(Segment(run.name, run.count, tuple(self.number[key] for key in run.ops),
                                  tuple(flow for flow, _ in flows))
                          for run, flows in zip(self.outline.runs, made, strict=True))
@@ -152,7 +152,7 @@ class _Builder:
         choices = storage_choices(self.context, node, options, mesh, self.setting.optimizer, self.setting.device)
         self._add_node(key, factored.program.sources[node.name].name, choices, count)
 
-    def _flow(self, arrival: Arrival) -> tuple[Flow, Ends]:
+    def _flow(self, arrival: Arrival, together: Together) -> tuple[Flow, Ends]:
         specs: dict[States, int] = {}
         consumers = tuple(Consumer(self.number[reader.key], self._numbered(reader.key, reader.states, specs))
                           for reader in arrival.readers)
@@ -161,7 +161,7 @@ class _Builder:
         if arrival.states is None:
             stored = self.stored[arrival.producer]
             sources, ends = tuple(range(len(stored))), Ends(arrival.value, stored, wanted)
-            table = self._parameter_table(stored, targets, arrival.cargo)
+            table = self._parameter_table(stored, targets, arrival.cargo, together)
         else:
             made: dict[States, int] = {}
             sources = self._numbered(arrival.producer, arrival.states, made)
@@ -182,13 +182,17 @@ class _Builder:
             self.tables[sources, targets, cargo] = _tables(*ways.seconds(sources, targets))
         return self.tables[sources, targets, cargo]
 
-    def _parameter_table(self, stored: tuple[Storage, ...], targets: tuple[States, ...],
-                         cargo: Cargo) -> tuple[Table, Table]:
-        scale = 1.0 if self.context.segmented.factored.program.precision in ("fp32", "bf16") else 2.0
-        if (stored, targets, cargo) not in self.tables:
-            self.tables[stored, targets, cargo] = _tables(*parameter_seconds(
-                stored, targets, cargo, self.setting.mesh, self.setting.price, scale))
-        return self.tables[stored, targets, cargo]
+    def _together(self, run: Run) -> Together:
+        plain = self.context.segmented.factored.program.precision in ("fp32", "bf16")
+        return Together(1.0 if plain else 2.0, latency_share(run.parameters))
+
+    def _parameter_table(self, stored: tuple[Storage, ...], targets: tuple[States, ...], cargo: Cargo,
+                         together: Together) -> tuple[Table, Table]:
+        key = (stored, targets, cargo, together)
+        if key not in self.tables:
+            mesh, price = self.setting.mesh, self.setting.price
+            self.tables[key] = _tables(*parameter_seconds(stored, targets, cargo, mesh, price, together))
+        return self.tables[key]
 
 
 def _tables(forward: Seconds, backward: Seconds) -> tuple[Table, Table]:

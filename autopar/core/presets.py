@@ -80,7 +80,7 @@ def local_processes(count: int) -> Machine:
     they send each other passes through that memory. All figures are rough: measure where they matter."""
     share = 1.0 / count
     device = Device("cpu", Flops(60e9 * share, 30e9 * share, 15e9 * share), 0.7, 16e9 * share, 20e9 * share, 10e-6)
-    return Machine(device, Link(50e-6, 3e9 * share), Link(30e-6, 1.25e9), count)
+    return Machine(device, Link(500e-6, 3e9 * share), Link(30e-6, 1.25e9), count)
 
 
 def parse_preset(text: str) -> tuple[int, int, Machine]:

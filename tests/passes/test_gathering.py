@@ -10,21 +10,23 @@ from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh
 from autopar.core.reshard import Cargo, cheapest_path
 from autopar.core.spec import Spec, State, from_states, parse
-from autopar.passes.gathering import parameter_seconds, replicated_axes, with_summed
+from autopar.passes.gathering import Together, parameter_seconds, replicated_axes, with_summed
 from autopar.passes.strategies import Storage
 
 CLUSTER = Cluster.preset("2x4xA100-80GB")
 SIZES = (24, 8)
 
 
-def alone(storage: Storage, target: Spec, cargo: Cargo, mesh: Mesh, scale: float) -> tuple[float, float]:
+def alone(storage: Storage, target: Spec, cargo: Cargo, mesh: Mesh, together: Together) -> tuple[float, float]:
     """Seconds forward and backward from how a parameter rests to `target`."""
     price, trained = CLUSTER.pricer(mesh), cargo.differentiable
+    scale, share = together.reduce_scale, together.latency_share
     start = storage.spec(len(target.dims), trained)
     nbytes = cargo.nbytes / mesh.extent(start.axes)
 
     def bandwidth(primitive: str, axes: tuple[int, ...], nbytes: float) -> float:
-        return price(primitive, axes, nbytes) - price(primitive, axes, 0.0) if axes else 0.0  # type: ignore[arg-type]
+        fixed = price(primitive, axes, 0.0) if axes else 0.0  # type: ignore[arg-type]
+        return price(primitive, axes, nbytes) - fixed + fixed * share if axes else 0.0  # type: ignore[arg-type]
 
     forward = bandwidth("all_gather", storage.gathered, nbytes)
     again = 0.0 if storage.kept else forward
@@ -35,20 +37,20 @@ def alone(storage: Storage, target: Spec, cargo: Cargo, mesh: Mesh, scale: float
     return forward + path.forward, backward + path.backward
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("together", [Together(1.0, 1.0), Together(2.0, 0.25)])
 @pytest.mark.parametrize("differentiable", [True, False])
 @pytest.mark.parametrize("shape", [(8,), (2, 4)], ids=str)
 def test_tables_are_of_each_storage_and_target_alone(shape: tuple[int, ...], differentiable: bool,
-                                                     scale: float) -> None:
+                                                     together: Together) -> None:
     mesh, cargo = Mesh(shape), Cargo(4e6, differentiable, SIZES)
     resting: list[int | str] = ["R", "Z", "K", 0, 1]
     stored = [Storage(states) for states in itertools.product(resting, repeat=len(shape))]
     wanted: list[State] = ["R", 0, 1, *(["G"] if differentiable else [])]  # type: ignore[list-item]
     targets = list(itertools.product(wanted, repeat=len(shape)))
-    forward, backward = parameter_seconds(stored, targets, cargo, mesh, CLUSTER.pricer(mesh), scale)
+    forward, backward = parameter_seconds(stored, targets, cargo, mesh, CLUSTER.pricer(mesh), together)
     assert forward.shape == backward.shape == (len(stored), len(targets))
     for (i, storage), (j, states) in itertools.product(enumerate(stored), enumerate(targets)):
-        expected = alone(storage, from_states(states, len(SIZES)), cargo, mesh, scale)
+        expected = alone(storage, from_states(states, len(SIZES)), cargo, mesh, together)
         assert (forward[i, j], backward[i, j]) == pytest.approx(expected, rel=1e-12, abs=1e-18), (storage, states)
 
 
