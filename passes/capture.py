@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.core.errors import AutoparError, CaptureError
 from autopar.passes.blame import blame, check_call, check_static
+from autopar.passes.private import lean_export
 
 Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
 COMPUTE_DTYPE: dict[str, torch.dtype] = {
@@ -94,7 +95,7 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
     try:
         twin = meta_twin(model, COMPUTE_DTYPE[precision])
         module = twin if loss_fn is None else WithLoss(twin, loss_fn).train(model.training)
-        exported = torch.export.export(module, args, kwargs, strict=False)
+        exported = _exported(module, args, kwargs)
     except Exception as error:
         raise CaptureError(blame(error, model)) from error
     check_static(exported.graph_module.graph, model)
@@ -110,6 +111,15 @@ def meta_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     return copy.deepcopy(model, memo)
+
+
+def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The export of `module`; with the lines behind its nodes where a size depends on values, which is refused."""
+    with lean_export():
+        exported = torch.export.export(module, args, kwargs, strict=False)
+    if all("unbacked_bindings" not in node.meta for node in exported.graph_module.graph.nodes):
+        return exported
+    return torch.export.export(module, args, kwargs, strict=False)
 
 
 def _meta(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
