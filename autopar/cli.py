@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plan as `arguments` say, print the plan, and return the exit status. SystemExit after `--help`."""
     start = time.perf_counter()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        atexit.register(gc.freeze)  # the process ends with this command: walking what is left would take a second
     try:
         print(_answer(parse_options(given), start), flush=True)
     except KeyboardInterrupt:

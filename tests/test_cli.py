@@ -180,6 +180,13 @@ def test_help_and_mistakes_do_not_wait_for_torch(given: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+def test_a_command_does_not_walk_what_is_left_when_it_ends() -> None:
+    told = f"import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); from {cli.__name__} import main;"
+    for call, frozen in (("main()", True), ("main(['--help'])", False)):
+        done = python("-c", f"{told} {call}", "--help")
+        assert (int(done.stdout.split()[-1]) > 0) is frozen
+
+
 def test_as_a_command_quietly() -> None:
     pytest.importorskip("transformers")
     done = python("-m", cli.__name__, "--model", "gpt2", "--cluster", "2xA100-80GB", "--batch", "4", "--seq", "64",
