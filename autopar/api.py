@@ -2,69 +2,63 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from autopar import launch
-from autopar.codegen.batches import Batches, BatchKind, all_equal, digest
-from autopar.codegen.communicator import Communicator, connect
-from autopar.codegen.executable import Executable, batch_spec, build
-from autopar.codegen.lower import Target
-from autopar.codegen.parameters import device_mesh, whole_everywhere
-from autopar.codegen.runtime import ParallelModule, Site
+from autopar.arguments import one_of, read_budget, read_cluster, read_mesh, read_pins, read_plan
+from autopar.codegen.batches import BatchKind
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
-from autopar.core.mesh import Mesh, parse_mesh
-from autopar.core.spec import Spec
-from autopar.passes.capture import Precision, Program, capture, meta_twin
-from autopar.passes.decision import Context, Decision
+from autopar.deferred import DeferredModule
+from autopar.hush import hushed
+from autopar.passes.blame import check_call
+from autopar.passes.capture import COMPUTE_DTYPE, Precision, capture
+from autopar.passes.costs import OPTIMIZERS
+from autopar.passes.modes import MODES
+from autopar.plain import check_material, check_plain
 from autopar.plan import Plan
-from autopar.planner import Request, decision_of, evaluation_storage, prepare, program_key, solve, solve_pinned
-from autopar.ranks import on_rank_zero
+from autopar.planner import Request, prepare, shapes_for, solve
+from autopar.programs import Call, LossFn, Order, compiled
+from autopar.ranks import together
+from autopar.solver.model import SOLVERS
 
-log = logging.getLogger("autopar")
 Inputs = Any
-LossFn = Callable[[Any, Any], Tensor]
+ClusterLike = Cluster | str | os.PathLike[str]
+MeshLike = str | int | Sequence[int]
+PlanLike = Plan | str | os.PathLike[str]
+_WORDS: dict[str, Iterable[str]] = {"mode": MODES, "optimizer": OPTIMIZERS, "solver": SOLVERS}
 
 
-@dataclass(frozen=True, eq=False)
-class Order:
-    """What `compile` was asked for, beyond the model and its inputs."""
-
-    cluster: Cluster
-    request: Request
-    precision: Precision
-    loss_fn: LossFn | None
-    plan: Plan | None
-    batch: BatchKind | None
-
-
-def plan(model: nn.Module, cluster: Cluster | str, *, inputs: Inputs, loss_fn: LossFn | None = None, mode: str = "auto",
-         mesh: str | tuple[int, ...] | None = None, memory_budget: float | None = None, optimizer: str = "adamw",
-         precision: Precision = "bf16-mixed", solver: str = "cbc", pins: Mapping[str, str] | None = None) -> Plan:
+def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs, loss_fn: LossFn | None = None,
+         mode: str = "auto", mesh: MeshLike | None = None, memory_budget: float | str | None = None,
+         optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
+         pins: Mapping[str, str] | None = None) -> Plan:
     """The best plan for training `model` on `cluster`, without running anything.
 
-    `inputs` are a tuple of positional or a dict of keyword arguments with the global batch's shapes; `memory_budget` is
-    in bytes a device. `pins` fix ops to strategies, both as plans print them: `{"h_0_attn_c_attn": "S0R = S0R X RR"}`.
-    Raises AutoparError.
+    `cluster` is a Cluster, the text of a preset or the path of a file; None is what this machine has. `inputs` are a
+    tuple of positional or a dict of keyword arguments with the global batch's shapes. `mesh` is (4, 2) or "4x2";
+    `memory_budget` is what a device may hold, bytes or "20GiB". `pins` fix ops to strategies, both as plans print them:
+    `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. Raises AutoparError.
     """
-    request = Request(type(model).__name__, mode, _shape(mesh), optimizer, memory_budget, solver,
-                      tuple((pins or {}).items()))
-    ctx = prepare(capture(model, arguments(inputs), precision, loss_fn))
-    return solve(ctx, _cluster(cluster), request)[0]
+    request = _request(model, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget, solver=solver,
+                       pins=pins)
+    one_of("precision", precision, COMPUTE_DTYPE)
+    check_plain(model, loss_fn)
+    call = _call(model, inputs, loss_fn)
+    place = _place(cluster, request)
+    with hushed():
+        program = capture(model, call, precision, loss_fn)
+    return solve(prepare(program), place, request)[0]
 
 
-def compile(model: nn.Module, cluster: Cluster | str | None = None, *, inputs: Inputs = None,
+def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs = None,
             batch: BatchKind | None = None, loss_fn: LossFn | None = None, mode: str = "auto",
-            mesh: str | tuple[int, ...] | None = None, plan: Plan | None = None, memory_budget: float | None = None,
+            mesh: MeshLike | None = None, plan: PlanLike | None = None, memory_budget: float | str | None = None,
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
             pins: Mapping[str, str] | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
@@ -72,197 +66,62 @@ def compile(model: nn.Module, cluster: Cluster | str | None = None, *, inputs: I
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
     call is traced. `batch="global"` means that every rank passes the whole batch, `"local"` each its own part; when
     omitted, shapes tell. `loss_fn(output, target)` makes a loss of a model that returns none: its target is the last
-    positional argument of a call. A `plan` skips solving; `pins` are as in `plan`. Raises AutoparError on every rank
-    alike.
+    positional argument of a call. A `plan`, or the path of one that rank 0 can read, skips solving. All else is as in
+    `autopar.plan`. Raises AutoparError on every rank alike.
     """
-    if plan is not None and pins:
-        raise AutoparError("a plan is given, which decides all, and pins, which are for making one; give one of them")
+    request = _request(model, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget, solver=solver,
+                       pins=pins)
+    one_of("precision", precision, COMPUTE_DTYPE)
+    if batch is not None:
+        one_of("batch", batch, get_args(BatchKind))
+    given = {name: value for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins)) if value}
+    if plan is not None and given:
+        raise AutoparError(f"a plan is given, which decides all, and {', '.join(given)}, which are for making one; "
+                           "give one of them")
+    check_plain(model, loss_fn)
+    check_material(model)
+    call = None if inputs is None else _call(model, inputs, loss_fn)
     launch.init()
-    request = Request(type(model).__name__, mode, _shape(mesh), optimizer, memory_budget, solver,
-                      tuple((pins or {}).items()))
-    order = Order(_cluster(cluster), request, precision, loss_fn, plan, batch)
-    if order.cluster.size != dist.get_world_size():
-        raise AutoparError(f"cluster {order.cluster.name} has {order.cluster.size} devices, {dist.get_world_size()} "
-                           "ranks are running; start as many ranks as the cluster has devices, or name another cluster")
-    if inputs is None:
-        return DeferredModule(model, order)
-    return _compiled(model, arguments(inputs), order)
+
+    def ordered() -> Order:
+        place = _place(cluster, request)
+        if place.size != dist.get_world_size():
+            raise AutoparError(f"cluster {place.name} has {place.size} devices, {dist.get_world_size()} ranks are "
+                               "running; start as many ranks as the cluster has devices, or name another cluster")
+        read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
+        return Order(place, request, precision, loss_fn, read, batch)
+
+    order = together(ordered)
+    return DeferredModule(model, order) if call is None else compiled(model, call, order)
 
 
-def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(inputs: Inputs) -> Call:
     """`inputs` as (args, kwargs)."""
     if isinstance(inputs, dict):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-def _shape(mesh: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
-    return parse_mesh(mesh).shape if isinstance(mesh, str) else mesh
+def _call(model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> Call:
+    """`inputs` as (args, kwargs). Raises AutoparError where they can't be a model's."""
+    call = arguments(inputs)
+    check_call(model, call, loss_fn)
+    return call
 
 
-def _cluster(cluster: Cluster | str | None) -> Cluster:
-    if cluster is None:
-        return launch.local_cluster(dist.get_world_size() if dist.is_initialized() else 1)
-    return Cluster.preset(cluster) if isinstance(cluster, str) else cluster
+def _request(model: nn.Module, **asked: Any) -> Request:
+    """What is asked for, every word of it known. Raises AutoparError."""
+    mode, optimizer, solver = (one_of(name, asked[name], known) for name, known in _WORDS.items())
+    mesh, budget, pins = (asked[name] for name in ("mesh", "memory_budget", "pins"))
+    return Request(type(model).__name__, mode, None if mesh is None else read_mesh(mesh), optimizer,
+                   None if budget is None else read_budget(budget), solver, () if pins is None else read_pins(pins))
 
 
-def _compiled(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], order: Order) -> ParallelModule:
-    """Capture on every rank, plan on rank 0, lower and shard on every rank."""
-    programs = Programs(meta_twin(model), call, order)
-    training = model.training
-    ctx = programs.context(training)
-    made = programs.planned(ctx)
-    mesh = Mesh(made.mesh)
-    site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device())
-    programs.settle(training, decision_of(made, ctx), site.communicator)
-    batches = Batches(programs.executable, order.batch, dist.get_world_size())
-    module = ParallelModule(model, programs.decision(training), site, batches)
-    module.plan = made
-    return module
-
-
-class Programs:
-    """The programs of one model, by training mode: captured, decided and lowered when first needed."""
-
-    def __init__(self, twin: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], order: Order) -> None:
-        self._twin, self._call, self._order = twin, call, order
-        self._decisions: dict[bool, Decision] = {}
-        self._communicator: Communicator | None = None
-
-    def context(self, training: bool) -> Context:
-        """The annotated program. Raises CaptureError."""
-        model = self._twin.train(training)
-        return prepare(capture(model, self._call, self._order.precision, self._order.loss_fn))
-
-    def planned(self, ctx: Context) -> Plan:
-        """Rank 0's plan. Raises AutoparError on all ranks when it can't be made, or ranks have different models."""
-        if not all_equal(int(program_key(ctx), 16)):
-            raise AutoparError("the ranks captured different programs; build the same model with the same inputs on "
-                               "all")
-        order = self._order
-
-        def make() -> str:
-            found = order.plan or solve(ctx, order.cluster, order.request, log.info)[0]
-            return json.dumps(found.to_json())
-
-        found = Plan.from_json(json.loads(on_rank_zero(make)))
-        if found.cluster_key != order.cluster.key() or found.program_key != program_key(ctx):
-            raise AutoparError(f"the plan is for program {found.program_key} on {found.cluster} ({found.cluster_key}), "
-                               f"this is {program_key(ctx)} on {order.cluster} ({order.cluster.key()}); plan again")
-        return found
-
-    def settle(self, training: bool, decision: Decision, communicator: Communicator) -> None:
-        """Take the decision for the mode the model was compiled in."""
-        self._decisions[training], self._communicator = decision, communicator
-
-    def decision(self, training: bool) -> Decision:
-        """The decision for a mode; the second one leaves parameters as the first has them."""
-        if training not in self._decisions:
-            first = self._decisions[not training]
-            ctx = self.context(training)
-
-            def make() -> str:
-                found = solve_pinned(ctx, self._order.cluster, self._order.request, first.mesh.shape,
-                                     evaluation_storage(first))
-                return json.dumps(found.assignments)
-
-            assigned = tuple(tuple(a) for a in json.loads(on_rank_zero(make)))
-            stored = evaluation_storage(first)
-            sources = ctx.segmented.factored.program.sources
-            storage = {n: stored[sources[n.name].name] for n in ctx.parameters()}
-            self._decisions[training] = Decision(ctx, first.mesh, assigned, storage)
-        return self._decisions[training]
-
-    def executable(self, training: bool, kind: BatchKind) -> Executable:
-        """The lowered program for a mode and for whole or local batches."""
-        decision = self.decision(training)
-        assert self._communicator is not None
-        price = self._order.cluster.pricer(decision.mesh)
-        inputs = _input_specs(decision) if kind == "local" else {}
-        return build(Target(decision, self._communicator, price, launch.device(), inputs))
-
-
-def _input_specs(decision: Decision) -> dict[fx.Node, Spec]:
-    """Every input cut along the batch over all ranks."""
-    factored = decision.context.segmented.factored
-    tensors = [n for n in factored.program.placeholders("input") if isinstance(n.meta.get("val"), Tensor)]
-    return {n: batch_spec(decision.context.rank(n), decision.mesh) for n in tensors if factored.flat(n)}
-
-
-class DeferredModule(nn.Module):
-    """A model compiled at its first call.
-
-    Its parameters are DTensors from the start and the same objects afterwards, so that an optimizer may be made before.
-    """
-
-    def __init__(self, plain: nn.Module, order: Order) -> None:
-        super().__init__()
-        self._plain: list[nn.Module] = [plain]
-        self._order = order
-        self._made: list[ParallelModule] = []
-        self._waiting = {name: whole_everywhere(p) for name, p in plain.named_parameters()}
-        self.training = plain.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compile for these arguments if none have come before, then run."""
-        if not self._made:
-            self._made.append(self._compile(args, kwargs))
-        return self._made[0](*args, **kwargs)
-
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
-        leaves = pytree.tree_leaves((args, kwargs))
-        whole = self._order.batch == "global" or (self._order.batch is None and all_equal(digest(leaves)))
-        world = 1 if whole else dist.get_world_size()
-        shapes = [list(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-        if not all_equal(digest([shapes])):
-            raise AutoparError(f"the ranks' inputs have different shapes, here {shapes}; pass batches of one shape")
-        call = pytree.tree_map_only(Tensor, lambda t: _grown(t, world), (args, kwargs))
-        made = _compiled(self._plain[0].train(self.training), call, self._order)
-        made.adopt(self._waiting)
-        return made
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            made = self.__dict__.get("_made")
-            if made:
-                return getattr(made[0], name)
-            raise AttributeError(f"{name} is there after the first call, which compiles the model; give inputs= to "
-                                 "compile ahead") from None
-
-    def _current(self) -> nn.Module:
-        return self._made[0] if self._made else self._plain[0]
-
-    def train(self, mode: bool = True) -> DeferredModule:
-        """As nn.Module's."""
-        self.training = mode
-        self._current().train(mode)
-        return self
-
-    def named_parameters(self, prefix: str = "", recurse: bool = True,
-                         remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """As nn.Module's, under the plain model's names."""
-        for name, parameter in self._waiting.items():
-            yield f"{prefix}.{name}" if prefix else name, parameter
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
-        """As nn.Module's."""
-        return self._current().named_buffers(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As nn.Module's."""
-        return self._current().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As nn.Module's."""
-        return self._current().load_state_dict(*args, **kwargs)
-
-
-def _grown(tensor: Tensor, world: int) -> Tensor:
-    if not tensor.ndim:
-        return tensor
-    return torch.empty((tensor.shape[0] * world, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
-
-
-__all__ = ["Program", "arguments", "compile", "plan"]
+def _place(cluster: ClusterLike | None, request: Request) -> Cluster:
+    """The cluster, on which what is asked for has a mesh. Raises AutoparError."""
+    place = read_cluster(cluster) if cluster is not None else launch.local_cluster(
+        dist.get_world_size() if dist.is_initialized() else 1)
+    for shape in shapes_for(request, place):
+        setting = request.setting(place, shape)
+        setting.mode.on(shape)
+    return place

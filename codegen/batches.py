@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from autopar.codegen.calls import Form, arranged, check_leaf
 from autopar.codegen.executable import Executable
 from autopar.core.errors import AutoparError
 
@@ -57,6 +59,7 @@ class Batches:
     make: Callable[[bool, BatchKind], Executable]
     kind: BatchKind | None
     world: int
+    form: Form
     known: dict[tuple[bool, BatchKind], Executable] = field(default_factory=dict)
     checked: set[Shapes] = field(default_factory=set)
 
@@ -64,11 +67,14 @@ class Batches:
         """The program for a call and its inputs. Raises AutoparError when the batch fits no rule."""
         sample = self._executable(training, next(iter(self.known))[1] if self.known else self.kind or "global")
         program = sample.decision.context.segmented.factored.program
-        leaves = _flat(args, kwargs, program.in_spec)
         placeholders = program.placeholders("input")
-        if len(leaves) != len(placeholders):
-            raise AutoparError(f"the call has {len(leaves)} inputs, the plan was made for {len(placeholders)}: "
-                               f"{[p.name for p in placeholders]}; pass the same arguments as in inputs=")
+        try:
+            leaves = arranged(args, kwargs, program.in_spec, self.form)
+            check_leaves(leaves, placeholders)
+        except AutoparError:
+            with contextlib.suppress(AutoparError):  # what others bring: they must not wait for this rank
+                self._agree([], pytree.tree_leaves((args, kwargs)), [])
+            raise
         kind = self._kind(leaves, placeholders)
         executable = self._executable(training, kind)
         nodes = executable.decision.context.segmented.factored.program.placeholders("input")
@@ -101,12 +107,13 @@ class Batches:
     def _agree(self, options: list[BatchKind], leaves: list[Any], found: list[Any]) -> None:
         """Raises AutoparError when ranks bring whole and partial batches at once, or whole ones that differ.
 
-        Looked at in every call where the data is in host memory, else in the first of its shapes: reading a GPU's
-        memory would make it wait.
+        Looked at in every call where the data is in host memory, else in the first of its shapes, as others that know
+        them don't: reading a GPU's memory would make it wait.
         """
         shapes = tuple(s for s in found if s is not None)
         on_host = all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor))
-        if self.world == 1 or (shapes in self.checked and not on_host):
+        seen = shapes in self.checked or (self.checked and not options)
+        if self.world == 1 or (seen and not on_host):
             return
         self.checked.add(shapes)
         if not all_equal({"global": 1, "local": 2}.get(options[0], 0) if options else 0):
@@ -138,18 +145,23 @@ def all_equal(number: int) -> bool:
     return bool(bounds[0] == -bounds[1])
 
 
-def _flat(args: tuple[Any, ...], kwargs: dict[str, Any], spec: pytree.TreeSpec) -> list[Any]:
-    """The inputs in the program's order, keyword arguments whatever their order."""
-    wanted = list(spec.children()[1].context)
-    if set(wanted) != set(kwargs):
-        raise AutoparError(f"the call has keyword arguments {sorted(kwargs)}, the plan was made for "
-                           f"{sorted(wanted)}; pass the same arguments as in inputs=")
-    return pytree.tree_leaves((args, {name: kwargs[name] for name in wanted}))
+def check_leaves(leaves: list[Any], placeholders: list[fx.Node]) -> None:
+    """Raises AutoparError unless there is a leaf of its kind for each placeholder."""
+    if len(leaves) != len(placeholders):
+        raise AutoparError(f"the call has {len(leaves)} inputs, the plan was made for {len(placeholders)}: "
+                           f"{[p.name for p in placeholders]}; pass the same as when it was made")
+    lacking = [node.name for node, leaf in zip(placeholders, leaves, strict=True)
+               if leaf is None and isinstance(node.meta.get("val"), Tensor)]
+    if lacking:
+        raise AutoparError(f"the call has no {' and no '.join(lacking)}, the plan was made for "
+                           f"{', '.join(p.name for p in placeholders)}; pass the same as when it was made")
+    for node, leaf in zip(placeholders, leaves, strict=True):
+        check_leaf(node, leaf)
 
 
 def _cast(node: fx.Node, leaf: Tensor) -> Tensor:
-    wanted = node.meta["val"].dtype
-    return leaf.to(wanted) if leaf.is_floating_point() and leaf.dtype != wanted else leaf
+    wanted: torch.dtype = node.meta["val"].dtype
+    return leaf.to(wanted)
 
 
 def _output(executable: Executable, values: dict[fx.Node, Tensor]) -> Any:

@@ -31,6 +31,7 @@ _REMEDIES = [
 """What to do about an error, by a word in its name or text."""
 _OTHERWISE = "the call fails on inputs of these shapes: mend the forward or the inputs"
 _LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
+_MOST_SAID = 200
 _APART = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
 _LIBRARY = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
 Frame = tuple[str, int, str]
@@ -40,25 +41,30 @@ Frame = tuple[str, int, str]
 def blame(error: Exception, model: nn.Module) -> str:
     """One line: what failed in an export, where, and what to do about it."""
     frames = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in traceback.walk_tb(error.__traceback__)]
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    said = next((line.strip()[:_MOST_SAID] for line in str(error).splitlines() if line.strip()), "")
     kind = type(error).__name__
     remedy = next((text for words, text in _REMEDIES if words in kind or words in said), _OTHERWISE)
     return f"{type(model).__name__} can't be exported{_where(frames)}: {kind}: {said}; {remedy}"
 
 
-def check_call(model: Any, inputs: Any, loss_fn: Any) -> None:
-    """Raises AutoparError unless a module can be called with `inputs`, as far as types and shapes tell."""
+def check_model(model: Any, loss_fn: Any) -> None:
+    """Raises AutoparError unless `model` is a module and `loss_fn` a function or None."""
     if not isinstance(model, nn.Module):
         made = inspect.isclass(model) and issubclass(model, nn.Module)
         found, remedy = (f"the class {model.__name__}", f"; pass an instance, {model.__name__}(...)") if made else (
             told(model), "")
         raise AutoparError(f"model is {found}, needed is a torch.nn.Module{remedy}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise AutoparError(f"loss_fn is {told(loss_fn)}, needed is a function of output and target")
+
+
+def check_call(model: Any, inputs: Any, loss_fn: Any) -> None:
+    """Raises AutoparError unless `model` can be called with `inputs`, as far as types and shapes tell."""
+    check_model(model, loss_fn)
     if not (isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple)
             and isinstance(inputs[1], dict) and all(isinstance(name, str) for name in inputs[1])):
         raise AutoparError(f"inputs are {told(inputs)}, needed is a tuple of positional and a dict of keyword "
                            "arguments, its keys their names")
-    if loss_fn is not None and not callable(loss_fn):
-        raise AutoparError(f"loss_fn is {told(loss_fn)}, needed is a function of output and target")
     if loss_fn is not None and not inputs[0]:
         raise AutoparError(f"loss_fn takes the last positional input as target, but inputs are {list(inputs[1])} by "
                            "keyword only; give inputs as a tuple with the target last")

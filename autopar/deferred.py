@@ -1,0 +1,93 @@
+"""A model that is compiled when it is first called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopar.codegen.batches import all_equal, digest
+from autopar.codegen.parameters import whole_everywhere
+from autopar.codegen.runtime import ParallelModule
+from autopar.core.errors import AutoparError
+from autopar.programs import Order, compiled
+
+
+class DeferredModule(nn.Module):
+    """A model compiled at its first call.
+
+    Its parameters are DTensors from the start and the same objects afterwards, so that an optimizer may be made before.
+    """
+
+    def __init__(self, plain: nn.Module, order: Order) -> None:
+        super().__init__()
+        self._plain: list[nn.Module] = [plain]
+        self._order = order
+        self._made: list[ParallelModule] = []
+        self._waiting = {name: whole_everywhere(p) for name, p in plain.named_parameters()}
+        self.training = plain.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile for these arguments if none have come before, then run."""
+        if not self._made:
+            self._made.append(self._compile(args, kwargs))
+        return self._made[0](*args, **kwargs)
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
+        leaves = pytree.tree_leaves((args, kwargs))
+        whole = self._order.batch == "global" or (self._order.batch is None and all_equal(digest(leaves)))
+        world = 1 if whole else dist.get_world_size()
+        shapes = [list(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+        if not all_equal(digest([shapes])):
+            raise AutoparError(f"the ranks' inputs have different shapes, here {shapes}; pass batches of one shape")
+        call = pytree.tree_map_only(Tensor, lambda t: _grown(t, world), (args, kwargs))
+        made = compiled(self._plain[0].train(self.training), call, self._order)
+        made.adopt(self._waiting)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            made = self.__dict__.get("_made")
+            if made:
+                return getattr(made[0], name)
+            raise AttributeError(f"{name} is there after the first call, which compiles the model; give inputs= to "
+                                 "compile ahead") from None
+
+    def _current(self) -> nn.Module:
+        return self._made[0] if self._made else self._plain[0]
+
+    def train(self, mode: bool = True) -> DeferredModule:
+        """As nn.Module's."""
+        self.training = mode
+        self._current().train(mode)
+        return self
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True,
+                         remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """As nn.Module's, under the plain model's names."""
+        for name, parameter in self._waiting.items():
+            yield f"{prefix}.{name}" if prefix else name, parameter
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's."""
+        return self._current().named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's."""
+        return self._current().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's."""
+        return self._current().load_state_dict(*args, **kwargs)
+
+
+def _grown(tensor: Tensor, world: int) -> Tensor:
+    if not tensor.ndim:
+        return tensor
+    return torch.empty((tensor.shape[0] * world, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
