@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 import autopar
 from autopar.checkpoint import HEAD, check_whole, latest, load, save
 from autopar.core.errors import AutoparError
-from tests.builders import CASES, Case
+from tests.builders import CASES, Case, quick
 from tests.pool import Pool
 
 pytestmark = pytest.mark.dist
@@ -63,7 +63,7 @@ class Job:
         torch.manual_seed(seed)
         for parameter in case.model.parameters():
             nn.init.normal_(parameter, 0.0, 0.1)
-        model = autopar.compile(case.model, f"cpu:{way.world_size}", inputs=case.inputs, loss_fn=case.loss_fn,
+        model = autopar.compile(case.model, quick(way.world_size), inputs=case.inputs, loss_fn=case.loss_fn,
                                 precision="fp32", mode=way.mode, mesh=way.mesh)
         return case, model, OPTIMIZERS[self.optimizer](model.parameters())
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import autopar
-from tests.builders import CASES
+from tests.builders import CASES, quick
 
 pytestmark = pytest.mark.dist
 
@@ -43,7 +43,7 @@ def both(rank: int, world_size: int, name: str, mode: str, mesh: Any, local: boo
     """The losses of the compiled model and of the plain one."""
     case = CASES[name](**OPTIONS[name])
     plain = copy.deepcopy(case.model)
-    model = autopar.compile(case.model.train(not evaluate_first), f"cpu:{world_size}", inputs=case.inputs,
+    model = autopar.compile(case.model.train(not evaluate_first), quick(world_size), inputs=case.inputs,
                             loss_fn=case.loss_fn, mode=mode, mesh=mesh, precision="fp32")
     given = case.part(rank, world_size) if local else None
     return (losses(model, lambda: case.call(model, given), evaluate_first),

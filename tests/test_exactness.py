@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 import autopar
-from tests.builders import CASES
+from tests.builders import CASES, quick
 from tests.families import FAMILIES, family
 
 pytestmark = pytest.mark.dist
@@ -41,7 +41,7 @@ def check(rank: int, world_size: int, case_name: str, options: dict[str, Any],
     reference = copy.deepcopy(case.model)
     expected = case.plain_loss(reference)
     expected.backward()
-    model = autopar.compile(case.model, f"cpu:{world_size}", inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32",
+    model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32",
                             **options)
     loss = case.call(model, case.part(rank, world_size) if local else None)
     loss.backward()

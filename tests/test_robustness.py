@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import autopar
-from tests.builders import CASES
+from tests.builders import CASES, quick
 from tests.test_exactness import whole
 
 pytestmark = pytest.mark.dist
@@ -35,7 +35,7 @@ def buffers(rank: int, world_size: int) -> tuple[list[float], list[float]]:
     torch.manual_seed(0)
     plain, x = Centred(), torch.randn(8, 4)
     reference = copy.deepcopy(plain)
-    model = autopar.compile(plain, f"cpu:{world_size}", inputs={"x": x}, precision="fp32")
+    model = autopar.compile(plain, quick(world_size), inputs={"x": x}, precision="fp32")
     losses = [float(model(x=x).detach() - reference(x).detach()) for _ in range(3)]
     return losses, (model.state_dict()["mean"] - reference.get_buffer("mean")).tolist()
 
@@ -51,7 +51,7 @@ def started(rank: int, world_size: int, mode: str) -> tuple[list[float], list[fl
     plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     mine = plain[0].weight[0, :3].tolist()
     inputs = (torch.ones(4, 8), torch.zeros(4, 8))
-    model = autopar.compile(plain, f"cpu:{world_size}", inputs=inputs, loss_fn=nn.functional.mse_loss, mode=mode,
+    model = autopar.compile(plain, quick(world_size), inputs=inputs, loss_fn=nn.functional.mse_loss, mode=mode,
                             precision="fp32")
     return mine, whole(model.state_dict()["0.weight"])[0, :3].tolist()
 
@@ -71,7 +71,7 @@ def moved(rank: int, world_size: int, source: str, target: str) -> float:
         with torch.no_grad():
             for parameter in case.model.parameters():
                 parameter.normal_()
-        return autopar.compile(case.model, f"cpu:{world_size}", inputs=case.inputs, mode=mode, precision="fp32")
+        return autopar.compile(case.model, quick(world_size), inputs=case.inputs, mode=mode, precision="fp32")
     first, second = compiled(source, 1), compiled(target, 2)
     second.load_state_dict(first.state_dict())
     before, after = first.state_dict(), second.state_dict()
@@ -87,7 +87,7 @@ def test_state_dicts_of_dtensors_move_between_plans(pool: Any, source: str, targ
 def mixed(rank: int, world_size: int, trouble: str) -> str:
     """What a rank is told when ranks bring batches that do not go together."""
     case = CASES["gpt2"]()
-    model = autopar.compile(case.model, f"cpu:{world_size}", inputs=case.inputs, mode="ddp", precision="fp32")
+    model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, mode="ddp", precision="fp32")
     case.call(model)
     late = {name: (x + rank) % 96 for name, x in case.inputs.items()}
     inputs = {"later data": late, "whole and half": case.part(1, 2) if rank else case.inputs}[trouble]

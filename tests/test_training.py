@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import autopar
-from tests.builders import CASES, gpt2
+from tests.builders import CASES, gpt2, quick
 
 pytestmark = pytest.mark.dist
 STEPS, RATE = 4, 1e-3
@@ -19,7 +19,7 @@ def curve(rank: int, world_size: int, mode: str, dropout: float, local: bool) ->
     """Losses and gradient norms of some steps and the loss in eval mode, of a model compiled at its first call."""
     case = gpt2(dropout=dropout)
     torch.manual_seed(5)
-    model = autopar.compile(case.model, f"cpu:{world_size}", mode=mode, precision="fp32")
+    model = autopar.compile(case.model, quick(world_size), mode=mode, precision="fp32")
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)  # before anything is known of the plan
     inputs = case.part(rank, world_size) if local else None
     found = []
@@ -79,16 +79,16 @@ def refused(rank: int, world_size: int, trouble: str) -> str:
     case = CASES["gpt2"]()
     inputs = dict(case.inputs)
     if trouble == "mode":
-        return message(lambda: autopar.compile(case.model, f"cpu:{world_size}", inputs=inputs, mode="4d"))
+        return message(lambda: autopar.compile(case.model, quick(world_size), inputs=inputs, mode="4d"))
     if trouble == "cluster":
         return message(lambda: autopar.compile(case.model, "cpu:8", inputs=inputs))
     if trouble == "batch":
         odd = {name: x[:6] for name, x in inputs.items()}
-        return message(lambda: autopar.compile(case.model, f"cpu:{world_size}", inputs=odd, mode="ddp"))
+        return message(lambda: autopar.compile(case.model, quick(world_size), inputs=odd, mode="ddp"))
     if trouble == "models":
         other = gpt2(layers=2 + rank)
-        return message(lambda: autopar.compile(other.model, f"cpu:{world_size}", inputs=inputs))
-    model = autopar.compile(case.model, f"cpu:{world_size}", inputs=inputs, mode="ddp", precision="fp32")
+        return message(lambda: autopar.compile(other.model, quick(world_size), inputs=inputs))
+    model = autopar.compile(case.model, quick(world_size), inputs=inputs, mode="ddp", precision="fp32")
     given = {"shapes": {name: x[:3] for name, x in inputs.items()},
              "data": {name: (x + rank) % 96 for name, x in inputs.items()},
              "arguments": {"input_ids": inputs["input_ids"]}}[trouble]

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 import autopar
 from autopar.api import arguments
 from autopar.codegen.runtime import ParallelModule
-from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 from autopar.passes.capture import capture
@@ -43,7 +42,7 @@ def case_called(name: str) -> builders.Case:
 def any_plan(case: builders.Case, mesh: tuple[int, ...], seed: int) -> Plan:
     """A plan whose every choice is drawn from the solver's space; its claims are another's."""
     context = prepare(capture(case.model, arguments(case.inputs), "fp32", case.loss_fn))
-    where = Cluster.preset(f"cpu:{Mesh(mesh).size}")
+    where = builders.quick(Mesh(mesh).size)
     claimed, _ = solve(context, where, Request("m", "ddp", (where.size,)))
     problem = build(context, Setting(Mesh(mesh), where, MODES["auto"], OPTIMIZERS["adamw"]))
     generator = random.Random(seed)
@@ -53,8 +52,8 @@ def any_plan(case: builders.Case, mesh: tuple[int, ...], seed: int) -> Plan:
 
 
 def compiled(case: builders.Case, world_size: int, **options: Any) -> ParallelModule:
-    model = autopar.compile(case.model, f"cpu:{world_size}", inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32",
-                            **options)
+    model = autopar.compile(case.model, builders.quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn,
+                            precision="fp32", **options)
     assert isinstance(model, ParallelModule)
     return model
 
