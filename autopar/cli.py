@@ -18,6 +18,8 @@ from autopar.core.errors import AutoparError, Infeasible
 
 INTERRUPTED = 130
 CLOSED = 141
+NO_MEMORY = ("planning takes more memory than this machine has left; use a smaller --batch or --seq, or a machine with "
+             "more")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,12 +67,18 @@ def _failed(error: Exception, given: Sequence[str]) -> int:
     if isinstance(error, Infeasible) and "--json" in given:
         print(json.dumps({"status": "Infeasible", "least_budget_bytes": error.least_budget_bytes,
                           "reason": str(error)}), flush=True)
-    if isinstance(error, AutoparError):
-        print(f"autopar-solve: error: {_line(str(error))}", file=sys.stderr)
+    if isinstance(error, AutoparError) or _out_of_memory(error):
+        told = str(error) if isinstance(error, AutoparError) else NO_MEMORY
+        print(f"autopar-solve: error: {_line(told)}", file=sys.stderr)
         return 2
     advice = "" if "--verbose" in given else "; this is a fault of autopar's, --verbose shows where"
     print(f"autopar-solve: error: {_line(f'{type(error).__name__}: {error}')}{advice}", file=sys.stderr)
     return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether this machine had too little memory; torch says so by a RuntimeError."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _line(text: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 from autopar import cli
 from autopar.cli import main
 from autopar.console import command
+from autopar.core.cluster import Cluster
 from autopar.plan import Plan
 
 SOURCE = """\
@@ -34,6 +35,18 @@ class Branchy(Net):
             return super().forward(x).sum()
         return x.sum()
 
+class Masked(Net):
+    def forward(self, x):
+        return x[x > 0].sum()
+
+class Flagged(Net):
+    def forward(self, x):
+        return super().forward(x).sum() * x.max().item()
+
+class Wrong(Net):
+    def forward(self, x):
+        return self.down(x).sum()
+
 def build(batch=64):
     print("building")
     return Net(), (torch.zeros(batch, 16), torch.zeros(batch, dtype=torch.long)), nn.functional.cross_entropy
@@ -44,10 +57,26 @@ def raises():
 def branchy():
     return Branchy(), torch.zeros(64, 16)
 
+def masked():
+    return Masked(), torch.zeros(64, 16)
+
+def flagged():
+    return Flagged(), torch.zeros(64, 16)
+
+def wrong():
+    return Wrong(), torch.zeros(64, 16)
+
+def empty():
+    return Net(), (torch.zeros(0, 16), torch.zeros(0, dtype=torch.long)), nn.functional.cross_entropy
+
+def other_loss():
+    return Net(), (torch.zeros(64, 16), torch.zeros(64)), lambda output: output.sum()
+
 def no_loss():
     return Net(), torch.zeros(64, 16)
 """
-LINE_OF = {text: SOURCE[:SOURCE.index(text)].count("\n") + 1 for text in ("raise ValueError", "if x.sum()")}
+LINE_OF = {text: SOURCE[:SOURCE.index(text)].count("\n") + 1
+           for text in ("raise ValueError", "if x.sum()", "x[x > 0]", "x.max().item()", "self.down(x).sum()")}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +153,27 @@ def test_without_a_cluster_this_machine_is_named(own: Path, capsys: pytest.Captu
     ("--model OWN:build --cluster cpu:4 --batch 7 --mode ddp", "batch of 7 does not divide over 4"),
     ("--model OWN:build --cluster cpu:2 --out OWN/plan.json", "cannot write .*mine.py/plan.json"),
     ("--model OWN:build --cluster cpu:2 --memory-budget 1", "needs .* budget 0.000 GiB"),
+    ("--model OWN:masked --cluster cpu:2", f"Masked can't be planned at \\S+mine.py:{LINE_OF['x[x > 0]']} in forward"),
+    ("--model OWN:flagged --cluster cpu:2", f"can't be .* at \\S+mine.py:{LINE_OF['x.max().item()']} in forward: "),
+    ("--model OWN:wrong --cluster cpu:2", f"can't be exported at \\S+mine.py:{LINE_OF['self.down(x).sum()']} in "),
+    ("--model OWN:empty --cluster cpu:2", r"shape \(0, 16\), a batch of 0 samples"),
+    ("--model OWN:other_loss --cluster cpu:2", "1 positional argument but 2 were given"),
+    ("--model resnet18 --cluster cpu:1000000", "cpu:1000000 has 1000000 devices, the most .* 16384"),
+    ("--model resnet18 --cluster 2000x8xH100", "with 1 to 1024 nodes"),
+    ("--model resnet18 --cluster .", "cluster '.' is not of the form"),
+    ("--model resnet18 --cluster ./", "cannot read ./"),
+    ("--model OWN --cluster cpu:2", "not of the form path/to/file.py:factory"),
+    ("--model resnet18 --cluster OWN", "mine.py is not JSON"), ("--model .:build --cluster cpu:2", "it is a folder"),
+    ("--model resnet18 --cluster cpu:4 --mesh 99999999999x1", "more devices than can be planned for"),
+    ("--model resnet18 --cluster cpu:32 --mesh 2x2x2x2x2", "has 5 axes, a mesh has 1 to 4"),
+    ("--model resnet18 --cluster cpu:8 --mode 2d --mesh 8", "mode 2d wants q x q devices"),
+    ("--model resnet18 --batch 99999999999999999999", "--batch: .* at most 1000000000"),
+    ("--model gpt2 --seq 2000 --cluster cpu:2", "at most 1024 tokens, asked for are 2000"),
+    ("--model resnet18 --memory-budget nan", "memory 'nan' is not of the form"),
+    ("--model OWN:build --cluster cpu:2 --pin up=S9", "op up can't be pinned to 'S9' in mode auto; it can be"),
+    ("--model OWN:build --cluster cpu:2 --pin op=RR", "no op is called 'op'; near it are up"),
+    ("--model OWN:build --cluster cpu:2 --explain op", "no op is called 'op'; near it are up"),
+    ("--model resnet18 --cluster cpu:2 --out /proc/plan.json", "cannot write /proc/plan.json"),
 ])
 def test_refusals_are_one_line(given: str, said: str, own: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(given.replace("OWN", str(own)).split()) == 2
@@ -164,6 +214,58 @@ def test_a_fault_of_ours_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")])
+def test_too_little_memory_is_no_fault_of_ours(error: Exception, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "answer", fail(error))
+    assert main(["--model", "gpt2"]) == 2
+    assert capsys.readouterr() == ("", f"autopar-solve: error: {cli.NO_MEMORY}\n")
+
+
+@pytest.mark.parametrize("given", ["--out", "--cluster", "--mesh", "--memory-budget", "--model", "--pin", "--batch"])
+@pytest.mark.parametrize("value", ["", " ", "\0", "\n", "\ud800", "\u2603" * 300, "-1", "nan", "9" * 5000,
+                                   "../" * 2000])
+def test_whatever_is_given_one_line_comes_back(given: str, value: str, own: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "resnet18", "--cluster", "cpu:2", "--mode", "no such mode", f"{given}={value}"]
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"autopar-solve: error: [^\n]+\n", err)
+    assert "invalid" not in err or "invalid choice" in err
+
+
+def test_nothing_is_left_where_a_plan_was_to_be_written(own: Path, tmp_path: Path) -> None:
+    for name in ("masked", "empty", "no_loss"):
+        assert main(["--model", f"{own}:{name}", "--cluster", "cpu:2", "--out", str(tmp_path / "plan.json")]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def cluster_file(folder: Path, **changed: Any) -> str:
+    data = json.loads(json.dumps(Cluster.preset("2x2xH100").to_json()))
+    for name, value in changed.items():
+        data[name] = value
+    (folder / "cluster.json").write_text(json.dumps(data))
+    return str(folder / "cluster.json")
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"latency_s": [[1e-6, -1e-6], [1e-6, 1e-6]]}, r"latency_s\[0\]\[1\] is -1e-06, needed is a finite number above 0"),
+    ({"latency_s": [[1e-6], [1e-6, 1e-6]]}, r"latency_s has rows of \[1, 2\] entries and 2 rows, needed are 2 of 2"),
+    ({"bytes_per_s": [[1e9, 1e9]]}, "bytes_per_s has rows of .* and 1 rows, needed are 2 of 2"),
+    ({"bytes_per_s": [[1e9, None], [1e9, 1e9]]}, r"bytes_per_s\[0\]\[1\] is None, needed is one of type float"),
+    ({"bytes_per_s": [[1e9, float("nan")], [1e9, 1e9]]}, r"bytes_per_s\[0\]\[1\] is nan"),
+    ({"uplink_bytes_per_s": [1e9]}, "hosts has 4 entries from 0 to 1, needed are 4, one a device, from 0 to 0"),
+    ({"devices": []}, "come to 0"), ({"format": "autopar cluster 0"}, "'format' is 'autopar cluster 0'"),
+])
+def test_cluster_files_that_make_no_sense(changed: dict[str, Any], said: str, own: Path, tmp_path: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    file = cluster_file(tmp_path, **changed)
+    assert main(["--model", f"{own}:build", "--cluster", file, "--out", str(tmp_path / "plan.json")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(f"autopar-solve: error: {re.escape(file)} is not a cluster: .*{said}.*\n", err)
+    assert [path.name for path in tmp_path.iterdir()] == ["cluster.json"]
+
+
 def test_interruption_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(command, "answer", fail(KeyboardInterrupt()))
     assert main(["--model", "gpt2"]) == 130
@@ -193,7 +295,9 @@ def test_as_a_command_quietly() -> None:
                   "--mode", "1d")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\nattention: causal\n" in done.stdout
-    assert re.search(r"^transformer_h_11_mlp_c_fc +RS0 = RR X RS0$", done.stdout, re.MULTILINE)
+    assert "\ntransformer_h_0 to transformer_h_11, 12 layers alike:\n" in done.stdout
+    line = r"^transformer_h_0_mlp_c_fc +RS0 = RR X RS0 +weight RS0, bias S0 at rest$"
+    assert re.search(line, done.stdout, re.MULTILINE)
 
 
 def test_a_closed_pipe_is_no_fault(own: Path) -> None:

@@ -30,7 +30,7 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     request = Request(options.model, options.mode, options.mesh, options.optimizer, options.memory_budget,
                       options.solver, options.pins)
     for shape in shapes_for(request, cluster):
-        request.setting(cluster, shape)  # refuses what doesn't fit together before anything is built
+        request.setting(cluster, shape).mode.on(shape)  # refuses what doesn't fit together before anything is built
     progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")
     built = build(options.model, options.batch, options.seq)
     progress.doing(f"tracing {options.model}")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from autopar.arguments import read_budget, read_cluster, read_mesh
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
-from autopar.core.mesh import parse_mesh
-from autopar.core.units import parse_bytes
+from autopar.core.reading import check_path
 from autopar.models.catalog import DEFAULT_BATCH, MODELS, check_name
 
 # Kept equal by a test to the tables behind them, which live beside torch or PuLP.
-MODES = ("auto", "ddp", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d")
+MODES = ("auto", "ddp", "zero1", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d")
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
 PRECISIONS = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
 SOLVERS = ("cbc", "highs")
 
+MOST_COUNTED = 10**9
+"""Samples of a batch, tokens of a sample: beyond it sizes of tensors are no numbers that torch can hold."""
+_DIGITS = 30
 DESCRIPTION = """\
 Plan the parallel training of a model on a cluster, and print the plan: how every operation is cut over
 the devices, what a step takes and what a device holds. Nothing is trained, downloaded or allocated."""
@@ -64,12 +68,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     return Options(**{**given, "pins": tuple(given["pins"])})
 
 
-def read_cluster(text: str) -> Cluster:
-    """The cluster in the JSON file `text`, else the preset of that name. Raises AutoparError."""
-    is_file = text.endswith(".json") or "/" in text or Path(text).is_file()
-    return Cluster.load(text) if is_file else Cluster.preset(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("autopar-solve", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,14 +97,14 @@ def _add_place(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--cluster", type=read_cluster, metavar="C",
                        help="a preset, [nodes x] devices x type such as 8xA100-80GB or 2x8xH100, or cpu:N for N local "
                             "processes; or a path to cluster JSON (default: what this machine has)")
-    group.add_argument("--memory-budget", type=parse_bytes, metavar="BYTES",
+    group.add_argument("--memory-budget", type=read_budget, metavar="BYTES",
                        help="what a device may hold: bytes, or a number with MB, MiB, GB or GiB such as 20GiB "
                             "(default: the device's memory less 8 %%)")
 
 
 def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mode", choices=MODES, default="auto", metavar="M", help=_choices(MODES))
-    group.add_argument("--mesh", type=_mesh, metavar="SHAPE",
+    group.add_argument("--mesh", type=read_mesh, metavar="SHAPE",
                        help="the grid of devices, such as 4x2 (default: the best of all shapes)")
     group.add_argument("--solver", choices=SOLVERS, default="cbc", metavar="S", help=_choices(SOLVERS))
     group.add_argument("--pin", action="append", type=_pin, default=[], dest="pins", metavar="OP=STRATEGY",
@@ -131,16 +129,23 @@ def _choices(names: Sequence[str]) -> str:
 
 
 def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not (text.isascii() and text.isdecimal() and 0 < int(text[:_DIGITS]) <= MOST_COUNTED):
+        raise argparse.ArgumentTypeError(f"{text[:_DIGITS]!r} is not a whole number above 0 and at most {MOST_COUNTED}")
     return int(text)
 
 
 def _writable(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise AutoparError(f"cannot write {path}: " + ("it is a folder; name a file in it" if path.is_dir() else
-                           f"there is no folder {path.parent}; make it first"))
+    """The path, once a file beside it could be made, as it will be when the plan is there. Raises AutoparError."""
+    path = Path(check_path("--out", text))
+    draft = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            raise AutoparError(f"cannot write {path}: " + ("it is a folder; name a file in it" if path.is_dir() else
+                               f"there is no folder {path.parent}; make it first"))
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise AutoparError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
     return path
 
 
@@ -149,7 +154,3 @@ def _pin(text: str) -> tuple[str, str]:
     if not (found and name.strip() and strategy.strip()):
         raise AutoparError(f"pin {text!r} is not of the form 'op=S0R = S0R X RR': the name of an op, =, its strategy")
     return name.strip(), strategy.strip()
-
-
-def _mesh(text: str) -> tuple[int, ...]:
-    return parse_mesh(text).shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
+
+from autopar import hush
 
 
 class Progress(Protocol):
@@ -81,10 +82,5 @@ def hushed(verbose: bool) -> Iterator[None]:
     if verbose:
         yield
         return
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+    with hush.hushed(), contextlib.redirect_stdout(io.StringIO()):
+        yield

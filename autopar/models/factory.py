@@ -65,7 +65,8 @@ def _split(reference: str) -> tuple[Path, str]:
 def _load(path: Path) -> ModuleType:
     """The user's file as a module, its folder on the search path as if it were run."""
     if not path.is_file():
-        raise AutoparError(f"cannot read {path}: there is no such file; check the path before the colon")
+        found = "it is a folder" if path.is_dir() else "there is no such file"
+        raise AutoparError(f"cannot read {path}: {found}; check the path before the colon")
     spec = importlib.util.spec_from_file_location(f"autopar_own_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise AutoparError(f"{path} is not Python; give a file that ends in .py before the colon")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from autopar.arguments import read_cluster
 from autopar.console import options
-from autopar.console.options import Options, parse_options, read_cluster
+from autopar.console.options import Options, parse_options
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.models.catalog import DEFAULT_BATCH, MODELS
@@ -50,7 +51,10 @@ def test_everything_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("--model gpt2 --cluster 8xB200", "unknown device type 'B200'"), ("--model gpt2 --cluster a/b.json", "cannot read"),
     ("--model gpt2 --clus cpu:2", "unrecognized arguments: --clus"), ("--model gpt2 extra", "unrecognized.*extra"),
     ("--model", "--model: expected one argument"), ("--model gpt2 --out none/p.json", "there is no folder none"),
-    ("--model gpt2 --out .", "it is a folder"),
+    ("--model gpt2 --out .", "it is a folder"), ("--model gpt2 --out /proc/plan.json", "cannot write /proc/plan.json"),
+    ("--model gpt2 --batch 1000000001", "whole number above 0 and at most 1000000000"),
+    ("--model gpt2 --cluster cpu:99999", "the most that can be planned for"), ("--model gpt2 --mesh 16385", "mesh is"),
+    ("--model gpt2 --memory-budget 1e30", "memory budget is '1e30'"), ("--model gpt2 --pin =RR", "pin '=RR' is not"),
 ])
 def test_mistakes_are_refused_with_what_was_found(given: str, said: str) -> None:
     with pytest.raises(AutoparError, match=said) as refusal:
