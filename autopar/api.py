@@ -22,7 +22,8 @@ from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.modes import MODES
 from autopar.plain import check_material, check_plain
 from autopar.plan import Plan
-from autopar.planner import Request, prepare, shapes_for, solve
+from autopar.plan_cache import solve_or_recall
+from autopar.planner import Request, prepare, shapes_for
 from autopar.programs import Call, LossFn, Order, compiled
 from autopar.ranks import together
 from autopar.solver.model import SOLVERS
@@ -43,7 +44,7 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     `cluster` is a Cluster, the text of a preset or the path of a file; None is what this machine has. `inputs` are a
     tuple of positional or a dict of keyword arguments with the global batch's shapes. `mesh` is (4, 2) or "4x2";
     `memory_budget` is what a device may hold, bytes or "20GiB". `pins` fix ops to strategies, both as plans print them:
-    `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. Raises AutoparError.
+    `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. A plan made before is read again. Raises AutoparError.
     """
     request = _request(model, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget, solver=solver,
                        pins=pins)
@@ -53,7 +54,7 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     place = _place(cluster, request)
     with hushed():
         program = capture(model, call, precision, loss_fn)
-    return solve(prepare(program), place, request)[0]
+    return solve_or_recall(prepare(program), place, request)
 
 
 def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs = None,

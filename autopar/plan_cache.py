@@ -26,7 +26,7 @@ FOLDER = "AUTOPAR_CACHE"
 
 
 def solve_or_recall(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> Plan:
-    """The plan that `solve` finds, from the folder of earlier ones where it is there. Raises AutoparError as `solve`."""
+    """The plan that `solve` finds, from the folder of earlier ones where it is there. Raises as `solve` does."""
     path = place(ctx, cluster, request)
     if path is None:
         return solve(ctx, cluster, request, report)[0]

@@ -28,7 +28,8 @@ from autopar.passes.blame import blame
 from autopar.passes.capture import Precision, capture, meta_twin
 from autopar.passes.decision import Context, Decision
 from autopar.plan import Plan
-from autopar.planner import Request, decision_of, evaluation_storage, prepare, program_key, solve, solve_pinned
+from autopar.plan_cache import solve_or_recall
+from autopar.planner import Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
 from autopar.ranks import on_rank_zero, together
 
 log = logging.getLogger("autopar")
@@ -96,7 +97,7 @@ class Programs:
         order = self._order
 
         def make() -> str:
-            found = order.plan or solve(ctx, order.cluster, order.request, log.info)[0]
+            found = order.plan or solve_or_recall(ctx, order.cluster, order.request, log.info)
             return json.dumps(found.to_json())
 
         found = Plan.from_json(json.loads(on_rank_zero(make)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import autopar
 from autopar.api import arguments
 from autopar.core.cluster import Cluster
 from autopar.passes.capture import capture
@@ -74,3 +75,10 @@ def test_nothing_is_kept_where_that_is_off_or_impossible(folder: Path, context: 
     monkeypatch.setenv(FOLDER, str(folder / "file"))
     assert solve_or_recall(context, CLUSTER, Request("mlp")).status == "Optimal"
     assert not list(folder.rglob("*.json"))
+
+
+def test_compile_and_plan_read_what_was_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = builders.mlp()
+    first = autopar.plan(case.model, "cpu:2", inputs=case.inputs, loss_fn=case.loss_fn)
+    monkeypatch.setattr("autopar.plan_cache.solve", None)
+    assert autopar.plan(case.model, "cpu:2", inputs=case.inputs, loss_fn=case.loss_fn) == first
