@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from autopar.plan_cache import FOLDER
 GIB = 2.0**30
 LONGEST_S = 600
 """A run that takes longer is ended and reported as failed."""
+TOLD = ("status", "gap", "mesh", "step_time_s", "solve_s", "total_s", "modes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,13 @@ ROWS = (
         "-"),
     Row("ResNet-50, 4 devices", "--model resnet50 --cluster 4xA100-80GB --batch 256", 10, 1.5, "fails"),
     Row("GPT-3 175B, 1,024 devices, mesh shapes searched",
-        "--model gpt3-175b --cluster 128x8xA100-80GB --batch 1024", 15, 1.5, "not possible"),
+        "--model gpt3-175b --cluster 128x8xA100-80GB --batch 512", 15, 1.5, "not possible"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One process: wall seconds, peak resident bytes, and what it printed as JSON, empty where it printed none."""
+    """One process: wall seconds, peak resident bytes, and of the JSON it printed, if any, the fields TOLD."""
 
     seconds: float
     resident: float
@@ -97,7 +98,8 @@ def run(arguments: Sequence[str]) -> Run:
             raise RuntimeError(f"status {process.returncode} after {seconds:.0f} s: {said[-300:]}")
         printed = out.read().decode()
     scale = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, scale * usage.ru_maxrss, json.loads(printed) if "--json" in arguments else {})
+    told = json.loads(printed) if "--json" in arguments else {}
+    return Run(seconds, scale * usage.ru_maxrss, {name: told[name] for name in TOLD if name in told})
 
 
 def _ended(pid: int, start: float) -> tuple[int, Any]:
@@ -112,26 +114,41 @@ def _ended(pid: int, start: float) -> tuple[int, Any]:
         time.sleep(0.01)
 
 
-def measured(row: Row, runs: int) -> str:
-    """One line of the table."""
-    given = shlex.split(row.arguments)
-    try:
-        full = [run([*given, "--json"]) for _ in range(runs)]
-        plain = statistics.median(run(given).seconds for _ in range(runs))
-    except RuntimeError as failure:
-        return _line([row.name, f"FAILED: {failure}"])
-    wall, resident = statistics.median(r.seconds for r in full), max(r.resident for r in full) / GIB
-    solve, total = (statistics.median(r.told[name] for r in full) for name in ("solve_s", "total_s"))
-    told = full[-1].told
-    met = "yes" if wall <= row.goal_s and resident <= row.goal_gib else "no"
-    spread = f"{wall:.1f} ({min(r.seconds for r in full):.1f}-{max(r.seconds for r in full):.1f})"
-    mesh = "x".join(map(str, told["mesh"]))
-    return _line([row.name, spread, f"{plain:.1f}", f"{solve:.2f}", f"{total:.1f}", f"{resident:.2f}",
-                  f"{100 * told['gap']:.3f} %", mesh, f"{1e3 * told['step_time_s']:.2f}",
-                  f"{row.goal_s:g} s, {row.goal_gib:g} GiB", met, row.peer])
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A row's runs with `--json`, the wall seconds of those without, and what went wrong."""
+
+    name: str
+    command: str
+    runs: tuple[Run, ...]
+    plain_s: tuple[float, ...]
+    failure: str = ""
+
+    def line(self, row: Row) -> str:
+        """One line of the table: medians, the largest resident set, the plan of the last run."""
+        if self.failure:
+            return _line([self.name, f"FAILED: {self.failure}"])
+        walls, told = [r.seconds for r in self.runs], self.runs[-1].told
+        wall, resident = statistics.median(walls), max(r.resident for r in self.runs) / GIB
+        solve, total = (statistics.median(r.told[name] for r in self.runs) for name in ("solve_s", "total_s"))
+        met = "yes" if wall <= row.goal_s and resident <= row.goal_gib else "no"
+        return _line([self.name, f"{wall:.1f} ({min(walls):.1f}-{max(walls):.1f})",
+                      f"{statistics.median(self.plain_s):.1f}", f"{solve:.2f}", f"{total:.1f}", f"{resident:.2f}",
+                      f"{100 * told['gap']:.3f} %", "x".join(map(str, told["mesh"])),
+                      f"{1e3 * told['step_time_s']:.2f}", f"{row.goal_s:g} s, {row.goal_gib:g} GiB", met, row.peer])
 
 
 HEADER = ("work", "wall s", "plan s", "solve_s", "total_s", "peak GiB", "gap", "mesh", "step ms", "goal", "met", "peer")
+
+
+def measured(row: Row, runs: int) -> Measured:
+    """Run a row's command with `--json`, and without."""
+    given, command = shlex.split(row.arguments), f"autopar-solve {row.arguments}"
+    try:
+        return Measured(row.name, command, tuple(run([*given, "--json"]) for _ in range(runs)),
+                        tuple(run(given).seconds for _ in range(runs)))
+    except RuntimeError as failure:
+        return Measured(row.name, command, (), (), str(failure))
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -158,20 +175,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="processes of each kind a row (default: 3)")
     parser.add_argument("--only", default="", help="rows whose name contains this (default: all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the table")
     parser.add_argument("--out", type=Path, help="also write the table, with command and machine, to this file")
     options = parser.parse_args()
-    where = machine()
-    lines = [_line(HEADER), _line("---" for _ in HEADER)]
-    print(f"{where}\n\n" + "\n".join(lines), flush=True)
-    for row in ROWS:
-        if options.only in row.name:
-            lines.append(measured(row, options.runs))
-            print(lines[-1], flush=True)
+    shown = sys.stderr if options.json else sys.stdout
+    where, rows = machine(), [row for row in ROWS if options.only in row.name]
+    print("\n".join([where, "", _line(HEADER), _line("---" for _ in HEADER)]), file=shown, flush=True)
+    found = []
+    for row in rows:
+        found.append(measured(row, options.runs))
+        print(found[-1].line(row), file=shown, flush=True)
+    if options.json:
+        print(json.dumps({"machine": where, "rows": [asdict(each) for each in found]}))
     if options.out:
-        given = "\n".join(f"autopar-solve {row.arguments} --json" for row in ROWS if options.only in row.name)
-        write_whole(options.out, "\n".join([
-            "# Planning, process start to exit", "", f"Machine: {where}.", "", "```",
-            f"python benchmarks/planning.py {shlex.join(sys.argv[1:])}", given, "```", "", *lines, ""]))
+        lines = [_line(HEADER), _line("---" for _ in HEADER), *map(Measured.line, found, rows)]
+        commands = [f"python benchmarks/planning.py {shlex.join(sys.argv[1:])}", *(each.command for each in found)]
+        write_whole(options.out, "\n".join(["# Planning, process start to exit", "", f"Machine: {where}.", "", "```",
+                                            *commands, "```", "", *lines, ""]))
 
 
 if __name__ == "__main__":
