@@ -6,6 +6,8 @@ Names are imported when they are first used, so that planning costs no more than
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,11 +32,19 @@ __all__ = ["AutoparError", "Cluster", "Plan", "capture", "compile", "explain", "
            "save_checkpoint", "verify"]
 
 
+class _Package(ModuleType):
+    """A package whose `plan` is the function, though importing `autopar.plan` would set it to that module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "plan" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'autopar' has no attribute {name!r}")
     home, _, there = _HOMES[name].partition(":")
-    found = getattr(importlib.import_module(f"autopar.{home}"), there or name)
-    # The import system sets each module as an attribute of its package; `plan` is to stay the function.
-    globals()["plan"] = importlib.import_module("autopar.api").plan
-    return found
+    return getattr(importlib.import_module(f"autopar.{home}"), there or name)
