@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 from autopar.core.errors import AutoparError, CaptureError
 from autopar.passes.blame import blame, check_call, check_static
-from autopar.passes.private import lean_export
 
 Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
 COMPUTE_DTYPE: dict[str, torch.dtype] = {
@@ -115,6 +114,7 @@ def meta_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """The export of `module`; with the lines behind its nodes where a size depends on values, which is refused."""
+    from autopar.passes.private import lean_export  # torch's compiler comes with it, and only a trace is worth the wait
     with lean_export():
         exported = torch.export.export(module, args, kwargs, strict=False)
     if all("unbacked_bindings" not in node.meta for node in exported.graph_module.graph.nodes):

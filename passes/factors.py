@@ -110,11 +110,17 @@ def _fresh(size: int) -> Dim:
 def leaves(dim: Dim) -> list[Atom]:
     """The atoms a dim is made of now."""
     out: list[Atom] = []
-    for atom in dim:
-        while atom.same is not None:
-            atom = atom.same
+    for atom in map(_merged, dim):
         out += leaves(atom.parts) if atom.parts else [atom]
     return out
+
+
+def _merged(atom: Atom) -> Atom:
+    """What `atom` is now. The way there is halved for the next: over a hundred layers it grows with each."""
+    while atom.same is not None:
+        atom.same = atom.same.same or atom.same
+        atom = atom.same
+    return atom
 
 
 def unify(left: Dim, right: Dim) -> bool:

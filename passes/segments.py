@@ -17,6 +17,7 @@ from autopar.core.errors import CaptureError
 from autopar.passes.capture import Program
 from autopar.passes.factors import Factored, analyse
 from autopar.passes.functional import value_of
+from autopar.passes.modes import Role
 from autopar.passes.ops import Op, block_of, factor_roles, make_ops, unique
 from autopar.passes.strategies import differentiable
 
@@ -75,24 +76,23 @@ class Segmented:
 
 def segment_program(factored: Factored) -> Segmented:
     """Make ops, cut them into segments and number the classes of equal ones."""
-    ops, gradients = make_ops(factored), differentiable(factored)
+    ops, gradients, roles = make_ops(factored), differentiable(factored), factor_roles(factored)
     runs = [list(run) for _, run in itertools.groupby(range(len(ops)), key=lambda i: ops[i].block)]
     numbers: dict[Any, int] = {}
     segments: list[Segment] = []
     names = unique([ops[run[0]].block.replace(".", "_") or f"between_{i}" for i, run in enumerate(runs)])
     for name, run in zip(names, runs, strict=True):
-        externals, signature = _signature([ops[i] for i in run], factored, gradients)
+        externals, signature = _signature([ops[i] for i in run], factored, gradients, roles)
         class_id = numbers.setdefault(signature, len(numbers))
         segments.append(Segment(name, run[0], run[-1] + 1, externals, class_id))
     return Segmented(factored, ops, tuple(segments))
 
 
-def _signature(ops: list[Op], factored: Factored,
-               gradients: frozenset[fx.Node]) -> tuple[tuple[fx.Node, ...], Any]:
+def _signature(ops: list[Op], factored: Factored, gradients: frozenset[fx.Node],
+               roles: dict[int, Role]) -> tuple[tuple[fx.Node, ...], Any]:
     """The values read from outside and a hashable description that equal segments share."""
     place: dict[fx.Node, Any] = {n: ("op", i, j) for i, op in enumerate(ops) for j, n in enumerate(op.nodes)}
     externals: dict[fx.Node, int] = {}
-    roles = factor_roles(factored)
 
     def outside(node: fx.Node) -> bool:
         base = factored.base(node)[0]

@@ -94,7 +94,7 @@ CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on capture exports as torch does."""
-    monkeypatch.setattr("autopar.passes.capture.lean_export", contextlib.nullcontext)
+    monkeypatch.setattr("autopar.passes.private.lean_export", contextlib.nullcontext)
 
 
 def figures(value: Any) -> Any:
