@@ -65,6 +65,7 @@ MODELS: dict[str, tuple[Callable[[], builders.Case], int]] = {
     "recurrent": (recurrent, 10),
     "gpt2": (partial(builders.gpt2, batch=4), 6),
     "gpt2 with dropout": (partial(builders.gpt2, dropout=0.2, batch=4), 6),
+    "gpt2 of 97 words": (partial(builders.gpt2, vocab=97, batch=4), 3),
     "resnet": (partial(builders.resnet, size=32), 4),
     **{name: (partial(family, name), 1) for name in FAMILIES},
 }
