@@ -46,10 +46,9 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     `memory_budget` is what a device may hold, bytes or "20GiB". `pins` fix ops to strategies, both as plans print them:
     `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. A plan made before is read again. Raises AutoparError.
     """
-    request = _request(model, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget, solver=solver,
-                       pins=pins)
-    one_of("precision", precision, COMPUTE_DTYPE)
     check_plain(model, loss_fn)
+    request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
+                       solver=solver, pins=pins)
     call = _call(model, inputs, loss_fn)
     place = _place(cluster, request)
     with hushed():
@@ -70,19 +69,17 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     positional argument of a call. A `plan`, or the path of one that rank 0 can read, skips solving. All else is as in
     `autopar.plan`. Raises AutoparError on every rank alike.
     """
-    request = _request(model, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget, solver=solver,
-                       pins=pins)
-    one_of("precision", precision, COMPUTE_DTYPE)
-    if batch is not None:
-        one_of("batch", batch, get_args(BatchKind))
-    given = {name: value for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins)) if value}
-    if plan is not None and given:
-        raise AutoparError(f"a plan is given, which decides all, and {', '.join(given)}, which are for making one; "
-                           "give one of them")
-    check_plain(model, loss_fn)
-    check_material(model)
-    call = None if inputs is None else _call(model, inputs, loss_fn)
-    launch.init()
+    def asked() -> tuple[Request, Call | None]:
+        if batch is not None:
+            one_of("batch", batch, get_args(BatchKind))
+        decided = [name for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins)) if value]
+        if plan is not None and decided:
+            raise AutoparError(f"a plan is given, which decides all, and {', '.join(decided)}, which are for making "
+                               "one; give one of them")
+        check_plain(model, loss_fn)
+        check_material(model)
+        return _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
+                        solver=solver, pins=pins), None if inputs is None else _call(model, inputs, loss_fn)
 
     def ordered() -> Order:
         place = _place(cluster, request)
@@ -92,6 +89,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
         return Order(place, request, precision, loss_fn, read, batch)
 
+    request, call = together(asked)  # by each rank alone where they have not met yet
+    launch.init()
     order = together(ordered)
     return DeferredModule(model, order) if call is None else compiled(model, call, order)
 
@@ -110,8 +109,9 @@ def _call(model: nn.Module, inputs: Inputs, loss_fn: LossFn | None) -> Call:
     return call
 
 
-def _request(model: nn.Module, **asked: Any) -> Request:
+def _request(model: nn.Module, precision: Precision, **asked: Any) -> Request:
     """What is asked for, every word of it known. Raises AutoparError."""
+    one_of("precision", precision, COMPUTE_DTYPE)
     mode, optimizer, solver = (one_of(name, asked[name], known) for name, known in _WORDS.items())
     mesh, budget, pins = (asked[name] for name in ("mesh", "memory_budget", "pins"))
     return Request(type(model).__name__, mode, None if mesh is None else read_mesh(mesh), optimizer,

@@ -42,7 +42,7 @@ def arranged(args: tuple[Any, ...], kwargs: dict[str, Any], spec: pytree.TreeSpe
     count, keys = spec.children()[0].num_children, list(spec.children()[1].context)
     if len(args) != count or set(kwargs) != set(keys):
         args, kwargs = _matched(args, kwargs, count, keys, form)
-    return pytree.tree_leaves(_ordered((args, {key: kwargs[key] for key in keys}), spec))
+    return _leaves((args, {key: kwargs[key] for key in keys}), spec)
 
 
 def _matched(args: tuple[Any, ...], kwargs: dict[str, Any], count: int, keys: list[str],
@@ -70,25 +70,28 @@ def _is(value: object, default: object) -> bool:
                                 and value == default)
 
 
-def _ordered(value: Any, spec: pytree.TreeSpec) -> Any:
-    """`value` with the entries of its dicts in the order of `spec`."""
+def _leaves(value: Any, spec: pytree.TreeSpec) -> list[Any]:
+    """The leaves of `value`, the entries of its dicts in the order of `spec`."""
     if spec.is_leaf():
-        return value
+        return [value]
     if type(value) is dict and spec.type is dict and set(value) == set(spec.context):
-        return {key: _ordered(value[key], child) for key, child in zip(spec.context, spec.children(), strict=True)}
+        value = [value[key] for key in spec.context]
     if type(value) in (list, tuple) and len(value) == spec.num_children:
-        return [_ordered(inner, child) for inner, child in zip(value, spec.children(), strict=True)]
-    return value
+        return [leaf for inner, child in zip(value, spec.children(), strict=True) for leaf in _leaves(inner, child)]
+    return pytree.tree_leaves(value)
 
 
 def check_leaf(node: fx.Node, leaf: Any) -> None:
-    """Raises AutoparError when a tensor is of another kind of numbers, or what is no tensor not as planned."""
+    """Raises AutoparError when a tensor is none or of another kind of numbers, or what is no tensor not as planned."""
     planned = node.meta.get("val")
-    if isinstance(planned, Tensor) and isinstance(leaf, Tensor):
+    if isinstance(planned, Tensor):
+        if not isinstance(leaf, Tensor):
+            raise AutoparError(f"input {node.name} is {told(leaf)}, the plan was made for a tensor of shape "
+                               f"{tuple(planned.shape)}; pass one")
         if _kind(planned) != _kind(leaf):
             raise AutoparError(f"input {node.name} is of {leaf.dtype}, the plan was made for {planned.dtype}; convert "
                                "it, or compile again for such inputs")
-    elif not isinstance(planned, Tensor) and not _is(leaf, planned):
+    elif not _is(leaf, planned):
         raise AutoparError(f"input {node.name} is {told(leaf)}, the plan was made for {told(planned)}; pass that, or "
                            "compile again for this one")
 

@@ -151,6 +151,8 @@ def test_leaves_of_the_kind_planned(planned: Any, leaf: Any) -> None:
     (T, T.cfloat(), "complex64"), (3, 4, "input x is 4, of type int, the plan was made for 3, of type int; pass that"),
     (True, False, "input x is False"), (1, True, "input x is True"), (None, T, "input x is tensor"),
     ("a", "b", "is 'b'"), (False, None, "is None"),
+    (T, [T], "input x is .tensor.*, of type list, the plan was made for a tensor of shape"), (T, 3, "input x is 3"),
+    (T, None, "input x is None"),
 ])
 def test_leaves_of_another_kind(planned: Any, leaf: Any, said: str) -> None:
     with pytest.raises(AutoparError, match=said):
