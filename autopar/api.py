@@ -19,6 +19,7 @@ from autopar.hush import hushed
 from autopar.passes.blame import check_call
 from autopar.passes.capture import COMPUTE_DTYPE, Precision, capture
 from autopar.passes.costs import OPTIMIZERS
+from autopar.passes.lookups import checked
 from autopar.passes.modes import MODES
 from autopar.plain import check_material, check_plain
 from autopar.plan import Plan
@@ -53,7 +54,7 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     place = _place(cluster, request)
     with hushed():
         program = capture(model, call, precision, loss_fn)
-    return solve_or_recall(prepare(program), place, request)
+    return solve_or_recall(checked(prepare(program)), place, request)
 
 
 def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs = None,

@@ -27,6 +27,7 @@ from autopar.hush import hushed
 from autopar.passes.blame import blame
 from autopar.passes.capture import Precision, capture, meta_twin
 from autopar.passes.decision import Context, Decision
+from autopar.passes.lookups import checked
 from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
 from autopar.planner import Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
@@ -86,7 +87,7 @@ class Programs:
             model = self._twin.train(training)
             with hushed():
                 program = capture(model, self._call, self._order.precision, self._order.loss_fn)
-            return prepare(program)
+            return checked(prepare(program))
         return together(annotated)
 
     def planned(self, ctx: Context) -> Plan:

@@ -23,6 +23,8 @@ _REMEDIES = [
     ("deepcopy", "the model holds something that can't be copied: move it out of the module"),
     ("pickle", "the model holds something that can't be copied: move it out of the module"),
     ("Unsupported input type", "give tensors, numbers, strings, and lists, tuples or dicts of them as inputs"),
+    ("not a known type", "return tensors, and lists, tuples or dicts of them; where a cache is returned, set "
+                         "config.use_cache = False"),
     ("required positional argument", "give the inputs that forward takes, by position or by name"),
     ("required argument", "give the inputs that forward takes, by position or by name"),
     ("positional arguments", "give the inputs that forward takes, by position or by name"),

@@ -17,6 +17,7 @@ from autopar.explanation import explain
 from autopar.launch import local_cluster
 from autopar.models.registry import build
 from autopar.passes.capture import Precision, capture
+from autopar.passes.lookups import checked
 from autopar.passes.notation import op_called
 from autopar.planner import Request, prepare, shapes_for, solve
 
@@ -37,7 +38,7 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     with hushed(options.verbose):
         program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
     progress.doing("working out how each operation can be cut")
-    context = prepare(program)
+    context = checked(prepare(program))
     if options.explain is not None:
         op_called(context, options.explain)  # refuses an unknown one before anything is solved
     progress.doing(f"solving for {cluster}")

@@ -68,6 +68,15 @@ class Text(Net):
         return "loss"
 
 
+class Cache:
+    """What export does not know."""
+
+
+class Cached(Net):
+    def forward(self, x: Tensor) -> Any:
+        return {"loss": self.layer(x).sum(), "cache": Cache()}
+
+
 class Constant(Net):
     def forward(self, x: Tensor) -> Any:
         return torch.zeros(())
@@ -138,6 +147,11 @@ def test_what_is_no_model(model: Any, said: str) -> None:
 def test_what_is_no_loss(model: nn.Module, loss_fn: Any, said: str) -> None:
     with pytest.raises(AutoparError, match=said):
         keep_loss(capture(model, ((X, Y) if loss_fn else (X,), {}), "fp32", loss_fn))
+
+
+def test_outputs_that_export_does_not_know() -> None:
+    with pytest.raises(CaptureError, match=r"not a known type.*; return tensors, .* set config\.use_cache = False"):
+        capture(Cached(), ((X,), {}))
 
 
 @pytest.mark.parametrize("precision", ["fp8", None, 3, ["fp32"], torch.bfloat16])
