@@ -31,6 +31,8 @@ from autopar import optimizer_state
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
 from autopar.core.files import entry, read_object
+from autopar.core.reading import check_path
+from autopar.core.told import told
 from autopar.plain_json import decode, encode
 from autopar.ranks import on_rank_zero, together
 from autopar.tensor_files import Reader, Table, Writer, checksum
@@ -61,10 +63,10 @@ def save(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None, *
     lists, tuples and dicts of them; rank 0's count. Collective. Raises AutoparError on all ranks when it can't be
     written, leaving earlier checkpoints as they were.
     """
-    module = _compiled(model)
+    module, place = _compiled(model, optimizer), Path(check_path("the folder of checkpoints", folder))
     record, state = optimizer_state.take(optimizer, _names(module)) if optimizer is not None else (None, {})
     head = {"optimizer": record, "random": module.random_state(), "progress": encode(progress, "progress")}
-    draft = Path(on_rank_zero(lambda: str(_new_draft(Path(folder)))))
+    draft = Path(on_rank_zero(lambda: str(_new_draft(place))))
     writer = Writer(draft, dist.get_rank())
     try:
         _together(lambda: write_tensors({**_tensors(module), **state}, storage_writer=writer))
@@ -81,9 +83,9 @@ def load(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None) -
     the model is loaded. Collective. Raises AutoparError on all ranks, before anything is changed, when there is no
     whole checkpoint or it is of another model or optimizer.
     """
-    module = _compiled(model)
+    module, place = _compiled(model, optimizer), Path(check_path("the folder of checkpoints", folder))
     names = _names(module)
-    chosen = Path(on_rank_zero(lambda: str(_choose(Path(folder)))))
+    chosen = Path(on_rank_zero(lambda: str(_choose(place))))
     head = parse_head(json.loads(on_rank_zero(lambda: json.dumps(read_object(chosen / HEAD)))))
     _together(lambda: _check_contents(chosen, head.table))
     wanted = _tensors(module)
@@ -101,7 +103,7 @@ def load(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None) -
 
 def latest(folder: Folder) -> Path | None:
     """The newest checkpoint in `folder` with all its files in their full sizes; None without one. Not collective."""
-    for found in _found(Path(folder)):
+    for found in _found(Path(check_path("the folder of checkpoints", folder))):
         try:
             check_whole(found)
         except AutoparError as error:
@@ -217,10 +219,12 @@ def _together(act: Callable[[], Any]) -> None:
 # The model.
 
 
-def _compiled(model: nn.Module) -> ParallelModule:
+def _compiled(model: nn.Module, optimizer: object) -> ParallelModule:
     if not hasattr(model, "random_state"):
         raise AutoparError(f"{type(model).__name__} has no plan yet, needed is a compiled model; give inputs= to "
                            "autopar.compile, or call the model once")
+    if not isinstance(optimizer, Optimizer | None):
+        raise AutoparError(f"optimizer is {told(optimizer)}, needed is a torch.optim.Optimizer or None")
     return cast(ParallelModule, model)
 
 

@@ -111,7 +111,7 @@ def test_any_change_is_read_or_refused(value: Any) -> None:
 @pytest.mark.parametrize("path", [3, None, b"plan.json", ["plan.json"], {}, ""])
 def test_paths_of_no_file(path: Any) -> None:
     for use in (Plan.load, PLAN.save):
-        with pytest.raises(AutoparError, match=r"the path of a plan is .*, needed is the name of a file"):
+        with pytest.raises(AutoparError, match=r"the path of a plan is .*, needed is a path"):
             use(path)
 
 

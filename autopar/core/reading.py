@@ -33,4 +33,4 @@ def check_path(what: str, path: object) -> str:
     """`path` as a text. Raises AutoparError when it is none, or empty."""
     if isinstance(path, str | os.PathLike) and (text := os.fspath(path)) and isinstance(text, str):
         return text
-    raise AutoparError(f"{what} is {told(path)}, needed is the name of a file")
+    raise AutoparError(f"{what} is {told(path)}, needed is a path")

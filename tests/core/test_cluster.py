@@ -233,7 +233,7 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
 @pytest.mark.parametrize("path", [3, None, b"cluster.json", 3.5, ["cluster.json"], ""])
 def test_paths_of_no_file(path: Any) -> None:
     for use in (Cluster.load, toy(1, 2).save):
-        with pytest.raises(AutoparError, match=r"the path of a cluster is .*, needed is the name of a file"):
+        with pytest.raises(AutoparError, match=r"the path of a cluster is .*, needed is a path"):
             use(path)
 
 
