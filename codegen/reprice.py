@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.executable import Call, Executable
-from autopar.core.reshard import MOVES_DATA
-from autopar.core.sharding import Priced
+from autopar.core.reshard import MOVES_DATA, Primitive
+from autopar.core.sharding import Priced, Sums
 from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.costs import work_of
@@ -91,7 +91,7 @@ def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
         for phase in (tally.forward, tally.backward):
             compute += phase.work
             inline += phase.inline
-            exposed += max(0.0, phase.hidden - phase.work - phase.inline)
+            exposed += Sums(phase.work, phase.inline, phase.hidden).exposed
     memory = _fullest(executable, setting, tallies)
     return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
 
@@ -139,7 +139,7 @@ def _add_communication(node: fx.Node, shapes: _Shapes, tally: _Tally, decision: 
         names = {n.name for n in decision.context.gradients}
         nbytes = sum(_nbytes(shapes.env[n]) for n in node.all_input_nodes if n.name in names)
         count = sum(n.name in names for n in node.all_input_nodes)
-        tally.backward.hidden += shared_seconds(setting.price, "all_reduce", module.axes, nbytes, count * tally.share)
+        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, count * tally.share)
         return
     assert isinstance(module, Reshard)
     parameter, differentiable = node.meta["reshard"]
@@ -159,13 +159,16 @@ def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setti
     trained = node in decision.context.gradients
     spec = storage.spec(len(factored.flat(node)), trained)
     elements = math.prod(local_factors(factored, node, spec, decision.mesh))
-    gathered = shared_seconds(setting.price, "all_gather", storage.gathered, elements * itemsize(node), tally.share)
+    gathered = _together(setting, "all_gather", storage.gathered, elements * itemsize(node), tally.share)
     tally.forward.hidden += gathered
     if trained:
         master = 4 if factored.program.precision.endswith("-mixed") else itemsize(node)
-        scattered = shared_seconds(setting.price, "reduce_scatter", storage.gathered, elements * master,
-                                   tally.share)
+        scattered = _together(setting, "reduce_scatter", storage.gathered, elements * master, tally.share)
         tally.backward.hidden += scattered + (0.0 if storage.kept else gathered)
+
+
+def _together(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nbytes: float, share: float) -> float:
+    return shared_seconds(setting.price, setting.mesh, primitive, axes, nbytes, share)
 
 
 def _add_op(op: Op, nodes: list[fx.Node], shapes: _Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:

@@ -92,7 +92,7 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
     check_call(model, inputs, loss_fn)
     args, kwargs = pytree.tree_map_only(Tensor, _meta(COMPUTE_DTYPE[precision]), inputs)
     try:
-        twin = meta_twin(model, COMPUTE_DTYPE[precision])
+        twin = without_caches(meta_twin(model, COMPUTE_DTYPE[precision]))
         module = twin if loss_fn is None else WithLoss(twin, loss_fn).train(model.training)
         exported = _exported(module, args, kwargs)
     except Exception as error:
@@ -112,11 +112,25 @@ def meta_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def without_caches(twin: nn.Module) -> nn.Module:
+    """`twin`, told not to return what only generating text needs: Hugging Face models do by default."""
+    for config in (getattr(module, "config", None) for module in twin.modules()):
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False  # type: ignore[union-attr]
+    return twin
+
+
 def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """The export of `module`; with the lines behind its nodes where a size depends on values, which is refused."""
     from autopar.passes.private import lean_export  # torch's compiler comes with it, and only a trace is worth the wait
-    with lean_export():
-        exported = torch.export.export(module, args, kwargs, strict=False)
+    try:
+        with lean_export():
+            exported = torch.export.export(module, args, kwargs, strict=False)
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("FakeTensor Device Propagation", "at least two devices")):
+            raise
+        with lean_export(), torch.device("meta"):  # for tensors that the forward makes without a device
+            exported = torch.export.export(module, args, kwargs, strict=False)
     if all("unbacked_bindings" not in node.meta for node in exported.graph_module.graph.nodes):
         return exported
     return torch.export.export(module, args, kwargs, strict=False)

@@ -1,7 +1,8 @@
 """What it costs to bring parameters from how they rest to how ops want them.
 
 The gathers and gradient sums of a segment travel together, so each of its parameters pays its bytes and an equal share
-of the latency; what is left to do from spec to spec is priced as any reshard.
+of the latency. That is the latency over all axes, whichever it travels over: what takes its own way saves the others
+nothing. What is left to do from spec to spec is priced as any reshard.
 """
 
 from __future__ import annotations
@@ -36,16 +37,19 @@ def latency_share(parameters: int) -> float:
     return 1.0 / max(1, parameters)
 
 
-def shared_seconds(price: Price, primitive: Primitive, axes: Axes, nbytes: float, share: float) -> float:
-    """Seconds of a collective of which only a `share` of the latency counts."""
-    return price(primitive, axes, nbytes) - (1.0 - share) * price(primitive, axes, 0.0) if axes else 0.0
+def shared_seconds(price: Price, mesh: Mesh, primitive: Primitive, axes: Axes, nbytes: float, share: float) -> float:
+    """Seconds of a collective over `axes` that pays a `share` of the latency of one over the whole mesh."""
+    if not axes:
+        return 0.0
+    latency = share * price(primitive, tuple(mesh.axes), 0.0)
+    return price(primitive, axes, nbytes) - price(primitive, axes, 0.0) + latency
 
 
 def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], cargo: Cargo, mesh: Mesh, price: Price,
                       together: Together) -> tuple[Seconds, Seconds]:
     """Forward and backward (stored, targets). A gathered parameter is gathered again in the backward unless it is kept.
     """
-    bandwidth = _bandwidth(cargo, price, together)
+    bandwidth = _bandwidth(cargo, mesh, price, together)
     partial = [tuple(axis for axis, state in enumerate(states) if state == "G") for states in targets]
     sums = {axes: i for i, axes in enumerate(dict.fromkeys(partial))}
     starts: dict[States, int] = {}
@@ -68,12 +72,12 @@ def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], carg
     return forward + way[0][taken], backward[:, column] + way[1][taken]
 
 
-def _bandwidth(cargo: Cargo, price: Price, together: Together) -> Callable[[Primitive, Axes, int], float]:
+def _bandwidth(cargo: Cargo, mesh: Mesh, price: Price, together: Together) -> Callable[[Primitive, Axes, int], float]:
     """Seconds of a collective of a parameter that is cut into so many parts besides."""
     @cache
     def seconds(primitive: Primitive, axes: Axes, parts: int) -> float:
         nbytes = cargo.nbytes / parts * (1.0 if primitive == "all_gather" else together.reduce_scale)
-        return shared_seconds(price, primitive, axes, nbytes, together.latency_share)
+        return shared_seconds(price, mesh, primitive, axes, nbytes, together.latency_share)
     return seconds
 
 

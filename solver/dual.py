@@ -1,6 +1,6 @@
 """The prices at which a network's least sum is largest, and with them the choices that no optimum takes.
 
-    maximise θ     θ ≤ Σ_{g,p} count · ((1 − μ[g,p]) · visible_k + μ[g,p] · hidden_k) + optimizer_k
+    maximise θ     θ ≤ Σ_{g,p} count · ((1 − μ[g,p]) · visible_k + (μ[g,p] + INTERFERENCE) · hidden_k) + optimizer_k
                        + Σ_r λ_r · (bytes_k,r − budget)                               for every cut k
                    0 ≤ μ ≤ 1, λ ≥ 0
 
@@ -17,13 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.core.sharding import PHASES, Instance, price
+from autopar.core.sharding import INTERFERENCE, PHASES, Instance, price
 from autopar.solver.model import Model, Terms, Variable
 from autopar.solver.network import Cut, Network, Prices, cut, network
 
 MOST_CUTS = 40
 CLOSE = 1e-7
 """The relative distance to the model's θ, or to a known solution, at which prices are good enough."""
+STALLED, PATIENCE = 1e-4, 4
+"""The relative gain below which a cut adds nothing to speak of, and how many of these are borne."""
 ROUNDING = 1e-9
 """How far above a solution's seconds, relatively, a bound must be to rule a choice out."""
 
@@ -48,7 +50,7 @@ def raise_bound(instance: Instance, solver: str, enough: float = math.inf, limit
     net = network(instance)
     prices = free(net)
     best, cuts, seen = -math.inf, list[Cut](), list[tuple[float, tuple[int, ...]]]()
-    at = prices
+    at, waited = prices, 0
     for _ in range(MOST_CUTS):
         found = net.at(at)
         value = net.value(found, at)
@@ -59,19 +61,20 @@ def raise_bound(instance: Instance, solver: str, enough: float = math.inf, limit
         priced = price(instance, choices)
         if priced.nbytes <= instance.budget:
             seen.append((priced.seconds, choices))
+        waited = 0 if value > best + STALLED * abs(best) else waited + 1
         if value > best:
             best, prices = value, at
         if min((enough, *(seconds for seconds, _ in seen))) - best <= CLOSE * best or time.perf_counter() > end:
             break
         aim, most = _aim(net, cuts, solver)
-        if most - best <= CLOSE * best:
+        if most - best <= CLOSE * best or (waited >= PATIENCE and seen):
             break
         at = _between(prices, aim, 0.5)
     return Bound(net, best, prices, tuple(cuts), min(seen)[1] if seen else None)
 
 
 def free(net: Network) -> Prices:
-    """Bytes and parameter communication for nothing."""
+    """Bytes for nothing, and nothing of parameter communication but its interference."""
     return Prices(np.zeros((len(net.instance.segments), len(PHASES))), np.zeros(len(net.bytes_of.table)))
 
 
@@ -122,7 +125,7 @@ def _shares(net: Network, made: Cut, hidden: dict[tuple[int, int], Variable], un
 
 
 def _seconds(net: Network, made: Cut) -> float:
-    """What a cut costs where parameter communication is free."""
-    return made.optimizer + sum(segment.count * (part.work + part.inline)
+    """What a cut costs where parameter communication only interferes."""
+    return made.optimizer + sum(segment.count * (part.work + part.inline + INTERFERENCE * part.hidden)
                                 for segment, parts in zip(net.instance.segments, made.parts, strict=True)
                                 for part in parts)

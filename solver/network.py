@@ -5,6 +5,8 @@ become, for a share μ ∈ [0, 1] of each segment and phase,
 
     T ≥ (1 − μ) · (compute + inline) + μ · parameter communication
 
+to which the interference of parameter communication is added,
+
 and the budget enters with λ ≥ 0 seconds a byte for each row r of the ledger: λ_r · (bytes_r − budget). At any
 prices the least sum over choices is a bound, and for fixed choices the sum is linear in the prices (Lagrangian
 relaxation: Geoffrion 1974).
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.core.sharding import PHASES, Consumer, Flow, Instance, Ledger, Sums, ledger, sums
+from autopar.core.sharding import INTERFERENCE, PHASES, Consumer, Flow, Instance, Ledger, Sums, ledger, sums
 from autopar.solver.elimination import LIMIT, Array, Elimination, Schedule, Scope, eliminate, schedule
 
 TABLE_LIMIT = LIMIT // 2
@@ -85,7 +87,8 @@ class Network:
     def _table(self, group: Group, prices: Prices) -> Array:
         """What a group pays for each combination of choices in its scope."""
         flow, count = group.flow, self.instance.segments[group.segment].count
-        weights = prices.hidden[group.segment] if flow.parameter else 1.0 - prices.hidden[group.segment]
+        shares = prices.hidden[group.segment]
+        weights = shares + INTERFERENCE if flow.parameter else 1.0 - shares
         ways = np.array((flow.forward, flow.backward))
         shut = np.isinf(ways).any(0)
         seconds = np.tensordot(group.share * count * weights, np.where(np.isinf(ways), 0.0, ways), 1)

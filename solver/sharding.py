@@ -14,7 +14,8 @@
                T[g,p] ≥ Σ_{f of parameters} seconds_p · r                      where g has any, else T is the first sum
     remember   Σ_n bytes_r · x ≤ budget                                        for every row r of the ledger
 
-    minimise   Σ_g count · Σ_p T[g,p] + Σ_n count · optimizer seconds · x
+    minimise   Σ_g count · Σ_p (T[g,p] + INTERFERENCE · Σ_{f of parameters} seconds_p · r)
+               + Σ_n count · optimizer seconds · x
 
 `carry` and `pay_once` are in `flows`. An e that x alone determines is no variable but that sum of x: where producer
 and consumer are one node, and where there is one source or one target. With x integral every e is 0 or 1, so only x
@@ -32,7 +33,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autopar.core.sharding import PHASES, Flow, Instance, Ledger, Node, Phase, Segment, Solution, ledger, price
+from autopar.core.sharding import (
+    INTERFERENCE,
+    PHASES,
+    Flow,
+    Instance,
+    Ledger,
+    Node,
+    Phase,
+    Segment,
+    Solution,
+    ledger,
+    price,
+)
 from autopar.solver.advice import no_seconds
 from autopar.solver.flows import Pairs, Take, transport
 from autopar.solver.model import Model, Outcome, Variable
@@ -103,6 +116,7 @@ def overlap(draft: Draft, g: int, segment: Segment) -> Costs:
         for flow, pairs in zip(segment.flows, paid, strict=True):
             (hidden if flow.parameter else visible).extend(_communication(draft, flow, pairs, phase))
         total += longest(draft.model, f"T({g},{phase})", visible, hidden) if hidden else visible
+        total += [(variable, INTERFERENCE * units) for variable, units in hidden]
     return total
 
 

@@ -16,7 +16,7 @@ from autopar.models.resnet import ResNet, ResNetConfig
 
 def quick(world_size: int) -> Cluster:
     """Local processes with links so quick that it pays to cut tiny models too."""
-    return replace(Cluster.preset(f"cpu:{world_size}"), name=f"quick:{world_size}", latency_s=((1e-8,),))
+    return replace(Cluster.preset(f"cpu:{world_size}"), latency_s=((1e-8,),))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def gpt2(dropout: float = 0.0, layers: int = 2, vocab: int = 96, batch: int = 8)
     return Case(GPT2LMHeadModel(config).train(), {"input_ids": tokens, "labels": labels})
 
 
-def resnet(batch: int = 8, size: int = 64) -> Case:
+def resnet(batch: int = 8, size: int = 48) -> Case:
     """ResNet of five bottlenecks on small images.
 
     Weights and images are ones that rounding moves little: weights off by 1e-7 of themselves move gradients by 8e-6.

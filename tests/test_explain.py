@@ -21,10 +21,11 @@ from autopar.passes.notation import op_text, strategy_text
 from autopar.passes.problem import build
 from autopar.plan import Plan
 from autopar.planner import Request, decision_of, price_lowered, setting_of, solve
+from tests.builders import quick
 from tests.programs import model_context
 
 MESHES = [(4,), (2, 2)]
-CLUSTER = Cluster.preset("cpu:4")
+CLUSTER = quick(4)
 
 
 @cache

@@ -22,6 +22,7 @@ from autopar.core.mesh import Mesh
 from autopar.passes.capture import capture, keep_loss
 from autopar.plan import FORMAT, Plan
 from autopar.planner import Request, decision_of, prepare, shapes_for, solve, verify
+from tests import builders
 from tests.programs import annotated, model_context, raw
 
 MESHES = [(2,), (4,), (2, 2), (4, 2)]
@@ -32,7 +33,7 @@ AGREEMENT = 1e-6
 
 
 def cluster(mesh: tuple[int, ...]) -> Cluster:
-    return Cluster.preset(f"cpu:{Mesh(mesh).size}")
+    return builders.quick(Mesh(mesh).size)
 
 
 @cache

@@ -64,12 +64,12 @@ def _link(latency_s: float, published_bytes_per_s: float) -> Link:
 _VOLTA, _AMPERE = Flops(15.7e12, 15.7e12, 125e12), Flops(19.5e12, 312e12, 312e12)
 _HOPPER, _ADA = Flops(67e12, 989e12, 989e12), Flops(82.6e12, 165.2e12, 165.2e12)
 _MACHINES = (
-    Machine(_device("V100", _VOLTA, 0.75, 32e9, 900e9), _link(3e-6, 150e9), _link(8e-6, 12.5e9), 2),
-    Machine(_device("A100-40GB", _AMPERE, 0.75, 40e9, 1555e9), _link(3e-6, 300e9), _link(8e-6, 25e9), 1),
-    Machine(_device("A100-80GB", _AMPERE, 0.75, 80e9, 2039e9), _link(3e-6, 300e9), _link(8e-6, 25e9), 1),
+    Machine(_device("V100", _VOLTA, 0.75, 32e9, 900e9), _link(6e-6, 150e9), _link(8e-6, 12.5e9), 2),
+    Machine(_device("A100-40GB", _AMPERE, 0.75, 40e9, 1555e9), _link(6e-6, 300e9), _link(8e-6, 25e9), 1),
+    Machine(_device("A100-80GB", _AMPERE, 0.75, 80e9, 2039e9), _link(6e-6, 300e9), _link(8e-6, 25e9), 1),
     Machine(_device("PCIe-A100", _AMPERE, 0.7, 80e9, 1935e9), _link(8e-6, 32e9), _link(30e-6, 12.5e9), 8),
-    Machine(_device("H100", _HOPPER, 0.65, 80e9, 3350e9), _link(3e-6, 450e9), _link(8e-6, 50e9), 1),
-    Machine(_device("H200", _HOPPER, 0.65, 141e9, 4800e9), _link(3e-6, 450e9), _link(8e-6, 50e9), 1),
+    Machine(_device("H100", _HOPPER, 0.65, 80e9, 3350e9), _link(6e-6, 450e9), _link(8e-6, 50e9), 1),
+    Machine(_device("H200", _HOPPER, 0.65, 141e9, 4800e9), _link(6e-6, 450e9), _link(8e-6, 50e9), 1),
     Machine(_device("RTX-4090", _ADA, 0.8, 24e9, 1008e9), _link(16e-6, 16e9), _link(30e-6, 3.125e9), 8),
 )
 MACHINES: dict[str, Machine] = {machine.device.kind: machine for machine in _MACHINES}

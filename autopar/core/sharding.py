@@ -5,7 +5,8 @@ A `Node` is something to decide once (an op, a parameter, an input), standing fo
 and every distinct (source, target) pair that occurs is paid once, whatever the number of consumers. A
 `Segment` is the part of the step in which parameter communication can hide behind compute.
 
-    step seconds = Σ_segments count · Σ_{phase ∈ forward, backward} max(compute + inline, parameter communication)
+    step seconds = Σ_segments count · Σ_{phase ∈ forward, backward} (max(compute + inline, parameter communication)
+                                                                     + INTERFERENCE · parameter communication)
                  + Σ_nodes count · optimizer seconds
     bytes        = max_moments Σ_nodes (count · held + kept in moment · saved + reduced in moment · gradient)
                    + Σ_{parameters there} working + max_{ops there} working  ≤  budget
@@ -25,6 +26,9 @@ from numpy.typing import NDArray
 
 Phase = Literal["forward", "backward"]
 PHASES: tuple[Phase, ...] = ("forward", "backward")
+INTERFERENCE = 0.02
+"""The part of parameter communication that shows even where it hides: it takes memory bandwidth, cores and launches
+from what hides it. A rough figure; above 0, so that of plans which hide all of it the one that sends less is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +217,11 @@ class Sums:
     inline: float
     hidden: float
 
+    @property
+    def exposed(self) -> float:
+        """What shows of the parameter communication."""
+        return max(0.0, self.hidden - self.work - self.inline) + INTERFERENCE * self.hidden
+
 
 def sums(instance: Instance, segment: Segment, phase: Phase, choices: tuple[int, ...]) -> Sums:
     """What a phase of `segment` consists of under `choices`."""
@@ -229,7 +238,7 @@ def price(instance: Instance, choices: tuple[int, ...]) -> Priced:
             found = sums(instance, segment, phase, choices)
             compute += segment.count * found.work
             inline += segment.count * found.inline
-            exposed += segment.count * max(0.0, found.hidden - found.work - found.inline)
+            exposed += segment.count * found.exposed
     optimizer = sum(node.count * node.choices[c].optimizer for node, c in zip(instance.nodes, choices, strict=True))
     return Priced(compute, inline, exposed, optimizer, held_bytes(instance, choices))
 

@@ -25,8 +25,10 @@ def alone(storage: Storage, target: Spec, cargo: Cargo, mesh: Mesh, together: To
     nbytes = cargo.nbytes / mesh.extent(start.axes)
 
     def bandwidth(primitive: str, axes: tuple[int, ...], nbytes: float) -> float:
-        fixed = price(primitive, axes, 0.0) if axes else 0.0  # type: ignore[arg-type]
-        return price(primitive, axes, nbytes) - fixed + fixed * share if axes else 0.0  # type: ignore[arg-type]
+        if not axes:
+            return 0.0
+        every = price(primitive, tuple(mesh.axes), 0.0)  # type: ignore[arg-type]
+        return price(primitive, axes, nbytes) - price(primitive, axes, 0.0) + every * share  # type: ignore[arg-type]
 
     forward = bandwidth("all_gather", storage.gathered, nbytes)
     again = 0.0 if storage.kept else forward

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from autopar.core.sharding import price
+from autopar.core.sharding import INTERFERENCE, price
 from autopar.solver import elimination, network
 from autopar.solver.dual import cut, free, raise_bound, survivors
 from autopar.solver.network import Prices
@@ -36,7 +36,8 @@ def test_at_any_prices_the_least_sum_is_a_bound(limit: int, monkeypatch: pytest.
             made = cut(net, found.choices())
             shares = prices.hidden
             total = made.optimizer + float(prices.byte @ made.nbytes) + sum(
-                segment.count * ((1 - shares[g, p]) * (part.work + part.inline) + shares[g, p] * part.hidden)
+                segment.count * ((1 - shares[g, p]) * (part.work + part.inline)
+                                 + (shares[g, p] + INTERFERENCE) * part.hidden)
                 for g, segment in enumerate(instance.segments) for p, part in enumerate(made.parts[g]))
             assert found.value == pytest.approx(total, rel=EXACT)
 
