@@ -291,7 +291,7 @@ def test_a_command_does_not_walk_what_is_left_when_it_ends() -> None:
 
 def test_as_a_command_quietly() -> None:
     pytest.importorskip("transformers")
-    done = python("-m", cli.__name__, "--model", "gpt2", "--cluster", "2xA100-80GB", "--batch", "4", "--seq", "64",
+    done = python("-m", cli.__name__, "--model", "gpt2", "--cluster", "2xA100-80GB", "--batch", "16", "--seq", "256",
                   "--mode", "1d")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\nattention: causal\n" in done.stdout
