@@ -10,12 +10,13 @@ from typing import TypeVar
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.core.sharding import price
+from autopar.passes.capture import Program
 from autopar.passes.decision import Context, Decision
 from autopar.passes.notation import op_called, strategy_text
 from autopar.passes.problem import Problem, build
 from autopar.passes.strategies import Assignment
 from autopar.plan import GIB, Plan
-from autopar.planner import check_origin, decision_of, setting_of
+from autopar.planner import annotated, check_origin, decision_of, setting_of
 
 Choice = TypeVar("Choice")
 
@@ -61,11 +62,12 @@ class Explanation:
         return f"{about}  {1e3 * alternative.seconds:10.3f} ms  {alternative.nbytes / GIB:8.3f} GiB  {told}"
 
 
-def explain(plan: Plan, ctx: Context, cluster: Cluster, op: str) -> Explanation:
+def explain(plan: Plan, program: Program | Context, cluster: Cluster, op: str) -> Explanation:
     """What each alternative for the op called `op` would have cost.
 
     Raises AutoparError for an unknown op, or a plan for another model or cluster.
     """
+    ctx = annotated(program)
     check_origin(plan, ctx, cluster)
     index = op_called(ctx, op)
     problem = build(ctx, setting_of(plan, cluster))

@@ -225,6 +225,17 @@ class Plan:
         """Read a plan. Raises AutoparError naming the file when it is no whole plan."""
         return read_as("a plan", path, cls.from_json)
 
+    def verify(self, program: Any, cluster: Any) -> tuple[float, float]:
+        """(seconds, bytes) recomputed from the lowered program; `program` is what `autopar.capture` made, or what
+        was prepared of it. Raises AutoparError when the plan is for another model or cluster, or its claims are off."""
+        from autopar.planner import verify  # plans are read without torch
+        return verify(self, program, cluster)
+
+    def explain(self, program: Any, cluster: Any, op: str) -> Any:
+        """What each alternative for the op called `op` would have cost; see `autopar.explain`."""
+        from autopar.explanation import explain
+        return explain(self, program, cluster, op)
+
     def diff(self, other: Plan) -> Difference:
         """Where `other` decides otherwise, and what either comes to."""
         def words(plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -232,10 +243,10 @@ class Plan:
             return {"mesh": ("x".join(map(str, plan.mesh)),), **{name: (text,) for name, text in told.items()}}
 
         def ops(plan: Plan) -> dict[str, tuple[str, ...]]:
-            return {op.name: (op.strategy, ",".join(op.assignment)) for op in plan.ops}
+            return {op.name: (op.strategy, _said(",".join(op.assignment))) for op in plan.ops}
 
         def parameters(plan: Plan) -> dict[str, tuple[str, ...]]:
-            return {p.name: (p.spec, p.storage) for p in plan.parameters}
+            return {p.name: (p.spec, _said(p.storage)) for p in plan.parameters}
 
         said, cut, rest = (changes(of(self), of(other)) for of in (words, ops, parameters))
         return Difference(said, cut, rest, (self.seconds.step, other.seconds.step),
@@ -264,6 +275,12 @@ class Plan:
             f"replicated for want of a rule: {', '.join(self.fallback_ops)}" if self.fallback_ops else "",
         ]
         return "\n".join(line for line in lines if line)
+
+
+def _said(axes: str) -> str:
+    """What every axis does, once where all do the same: on meshes of any number of axes alike."""
+    first, *rest = axes.split(",")
+    return first if all(other == first for other in rest) else axes
 
 
 def _numbers(kind: type[Any], data: dict[str, Any], name: str) -> Any:

@@ -264,11 +264,17 @@ def setting_of(plan: Plan, cluster: Cluster) -> Setting:
     return Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh)
 
 
-def verify(plan: Plan, ctx: Context, cluster: Cluster) -> tuple[float, float]:
+def annotated(program: Program | Context) -> Context:
+    """A captured program, ready to be planned; one that is already stays as it is."""
+    return prepare(program) if isinstance(program, Program) else program
+
+
+def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[float, float]:
     """(seconds, bytes) of the plan, recomputed from its lowered program without the solver.
 
     Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
     """
+    ctx = annotated(program)
     check_origin(plan, ctx, cluster)
     setting = setting_of(plan, cluster)
     priced, memory = price_lowered(decision_of(plan, ctx), setting)

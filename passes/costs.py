@@ -31,6 +31,14 @@ def _matmul(_: fx.Node, operands: list[Shape], result: Shape) -> float:
     return 2.0 * math.prod(result) * operands[0][-1]
 
 
+def _einsum(node: fx.Node, operands: list[Shape], _: Shape) -> float:
+    """Two FLOP for every combination of indices and operand beyond the first."""
+    texts = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+    sizes = {letter: size for text, of in zip(texts, operands, strict=True)
+             for letter, size in zip(text, of, strict=True)}
+    return 2.0 * math.prod(sizes.values()) * (len(texts) - 1)
+
+
 def _addmm(_: fx.Node, operands: list[Shape], result: Shape) -> float:
     return 2.0 * math.prod(result) * operands[1][-1]
 
@@ -53,6 +61,7 @@ FLOP: dict[Any, Flop] = {
     aten.bmm.default: _matmul,
     aten.matmul.default: _matmul,
     aten.addmm.default: _addmm,
+    aten.einsum.default: _einsum,
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.scaled_dot_product_attention.default: _attention,

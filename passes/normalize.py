@@ -36,6 +36,9 @@ class Normalize:
             if node.target in CASTS | COPYING_CASTS and not _keeps_dtype(node):
                 _to_plain_cast(node)
             _bypass_if(node, node.target in COPIES | COPYING_CASTS or _idle_dropout(node))
+        for node in _calls(program):
+            if node.target is aten.mean.default and not node.kwargs and _sums_safely(node):
+                _to_sum(node)
         _sweep(program)
         return program
 
@@ -65,6 +68,22 @@ def _keeps_dtype(node: fx.Node) -> bool:
 
 def _idle_dropout(node: fx.Node) -> bool:
     return node.target in DROPOUTS and bool(node.args[1] == 0.0 or not node.args[2])
+
+
+def _sums_safely(node: fx.Node) -> bool:
+    """Whether a sum of as many elements is in range, as it may not be in fp16."""
+    value = value_of(node.args[0])
+    return value is not None and value.dtype in (torch.float64, torch.float32, torch.bfloat16)
+
+
+def _to_sum(node: fx.Node) -> None:
+    """A mean of everything as a sum over a number: parts of the sum are partial sums, parts of a mean are not."""
+    value = value_of(node.args[0])
+    assert value is not None
+    with node.graph.inserting_before(node):
+        total = node.graph.call_function(aten.sum.default, (node.args[0],))
+    total.meta = dict(node.meta)
+    node.target, node.args = aten.div.Tensor, (total, float(max(1, value.numel())))
 
 
 def _to_plain_cast(node: fx.Node) -> None:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 LIMIT = 8_000_000
 """The most entries of a table that elimination may make."""
+MOST_DIMS = 48
+"""And its most dims: numpy's arrays have at most 64."""
 Array = NDArray[np.float64]
 Scope = tuple[int, ...]
 Source = tuple[bool, int]
@@ -71,7 +73,8 @@ def _groups(v: int, tables: dict[Source, Scope], sizes: Sequence[int]) -> list[d
     groups: list[dict[Source, Scope]] = []
     for source, scope in sorted(tables.items(), key=lambda item: -_entries(item[1], sizes)):
         for group in groups:
-            if _entries({*scope, *(w for other in group.values() for w in other)}, sizes) <= LIMIT:
+            joined = {*scope, *(w for other in group.values() for w in other)}
+            if len(joined) <= MOST_DIMS and _entries(joined, sizes) <= LIMIT:
                 group[source] = scope
                 break
         else:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.core.sharding import INTERFERENCE, PHASES, Consumer, Flow, Instance, Ledger, Sums, ledger, sums
-from autopar.solver.elimination import LIMIT, Array, Elimination, Schedule, Scope, eliminate, schedule
+from autopar.solver.elimination import LIMIT, MOST_DIMS, Array, Elimination, Schedule, Scope, eliminate, schedule
 
 TABLE_LIMIT = LIMIT // 2
 """The most entries of a flow's table."""
@@ -109,14 +109,15 @@ def _groups(segment: int, flow: Flow, sizes: list[int]) -> Iterator[Group]:
     parts: list[list[Consumer]] = []
     for consumer in flow.consumers:
         for part in parts:
-            if math.prod(sizes[n] for n in {flow.producer, *(c.node for c in (*part, consumer))}) <= TABLE_LIMIT:
+            scope = {flow.producer, *(c.node for c in (*part, consumer))}
+            if len(scope) <= MOST_DIMS and math.prod(sizes[n] for n in scope) <= TABLE_LIMIT:
                 part.append(consumer)
                 break
         else:
             parts.append([consumer])
     for part in parts:
-        scope = tuple(dict.fromkeys((flow.producer, *(c.node for c in part))))
-        yield Group(segment, flow, tuple(part), len(part) / len(flow.consumers), scope)
+        ordered = tuple(dict.fromkeys((flow.producer, *(c.node for c in part))))
+        yield Group(segment, flow, tuple(part), len(part) / len(flow.consumers), ordered)
 
 
 def _spread(group: Group, seconds: Array) -> Array:

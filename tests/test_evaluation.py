@@ -16,7 +16,7 @@ from tests.builders import CASES, quick
 pytestmark = pytest.mark.dist
 
 TOLERANCE = 1e-5
-OPTIONS: dict[str, dict[str, Any]] = {"gpt2": {}, "resnet": {}, "mlp": {}}
+OPTIONS: dict[str, dict[str, Any]] = {"gpt2": {}, "resnet": {"size": 64}, "mlp": {}}
 RUNS = [("gpt2", "zero3", None, 4, False), ("gpt2", "1d", None, 2, True), ("resnet", "ddp", None, 2, True),
         ("resnet", "zero3", None, 4, False), ("resnet", "1d", None, 2, False), ("mlp", "auto", (2, 2), 4, False)]
 

@@ -82,3 +82,12 @@ def test_compile_and_plan_read_what_was_made(folder: Path, monkeypatch: pytest.M
     first = autopar.plan(case.model, "cpu:2", inputs=case.inputs, loss_fn=case.loss_fn)
     monkeypatch.setattr("autopar.plan_cache.solve", None)
     assert autopar.plan(case.model, "cpu:2", inputs=case.inputs, loss_fn=case.loss_fn) == first
+
+
+def test_a_plan_checks_and_explains_itself(context: Context) -> None:
+    case = builders.mlp()
+    program = capture(case.model, arguments(case.inputs), "fp32", case.loss_fn)
+    plan = autopar.plan(case.model, CLUSTER, inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32")
+    assert plan.verify(program, CLUSTER) == pytest.approx((plan.step_time_s, plan.memory_bytes["peak"]), rel=1e-6)
+    op = plan.ops[0].name
+    assert plan.explain(context, CLUSTER, op).planned.seconds == pytest.approx(plan.step_time_s, rel=1e-6)

@@ -191,12 +191,30 @@ def _reduction(sums: bool) -> RuleMaker:
     return make
 
 
+def _sum_all(node: fx.Node) -> Rule | None:
+    return rule(f"{' '.join(letters('i', len(shape(node.args[0]))))} ->") if not node.kwargs else None
+
+
+def _einsum(node: fx.Node) -> Rule | None:
+    """Its equation is its rule, unless it has dots or takes a diagonal."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    left, arrow, right = equation.partition("->")
+    texts = left.split(",")
+    plain = arrow and "." not in equation and all(len(set(text)) == len(text) for text in (*texts, right))
+    if not plain or not isinstance(operands, (list, tuple)):
+        return None
+    sizes = [dict(zip(text, shape(operand), strict=True)) for text, operand in zip(texts, operands, strict=True)]
+    whole = {letter for found in sizes for letter, size in found.items() if size == 1}  # may be broadcast
+    return rule(f"{', '.join(map(' '.join, texts))} -> {' '.join(right)}", whole=" ".join(sorted(whole)))
+
+
 RULES: dict[Any, Rule | RuleMaker] = {
     aten.linear.default: rule("... k, n k, +n -> ... n"),
     aten.mm.default: rule("m k, k n -> m n"),
     aten.bmm.default: rule("b m k, b k n -> b m n"),
     aten.addmm.default: _addmm,
     aten.matmul.default: _matmul,
+    aten.einsum.default: _einsum,
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.embedding.default: _embedding,
@@ -217,6 +235,7 @@ RULES: dict[Any, Rule | RuleMaker] = {
     aten.mean.dim: _reduction(sums=False),
     aten.amax.default: _reduction(sums=False),
     aten.sum.dim_IntList: _reduction(sums=True),
+    aten.sum.default: _sum_all,
     aten.slice_scatter.default: _along(2),
     aten.select_scatter.default: _select_scatter,
     aten.roll.default: _roll,

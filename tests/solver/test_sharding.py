@@ -141,3 +141,12 @@ def test_nothing_better_is_proven(solver: str) -> None:
             assert found is not None and found.seconds == pytest.approx(best, rel=EXACT, abs=1e-15)
             beaten = improve(instance, best * 0.5, solver)
             assert beaten is None or beaten.seconds == pytest.approx(best, rel=EXACT, abs=1e-15)
+
+
+def test_a_value_may_have_more_consumers_than_arrays_have_dims() -> None:
+    taker = (Choice("split", 1.0), Choice("whole", 0.25))
+    flow = Flow("x", 0, (0, 1), tuple(Consumer(n, (0, 1)) for n in range(1, 101)), ((0.0, 5.0), (5.0, 0.0)),
+                ((0.0, 0.0), (0.0, 0.0)))
+    nodes = (Node("x", (Choice("split"), Choice("whole", 7.0))), *(Node(f"n{n}", taker) for n in range(1, 101)))
+    found = optimise(Instance(nodes, (Segment("s", 1, tuple(range(101)), (flow,)),)))
+    assert (found.seconds, found.status) == (30.0, "optimal")

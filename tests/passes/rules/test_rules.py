@@ -96,6 +96,13 @@ def linear_cases() -> Iterator[Any]:
     yield case("mm", "m k n", aten.mm.default, torch.mm, x(4, 8), w(8, 4))
     yield case("mm with itself", "m k n", aten.mm.default, lambda t: torch.mm(t, t), x(4, 4))
     yield case("bmm", "b m k n", aten.bmm.default, torch.bmm, x(4, 4, 8), x(4, 8, 4))
+    yield case("einsum", "b h i d j", aten.einsum.default, lambda q, k: torch.einsum("bhid,bhjd->bhij", q, k),
+               x(4, 4, 4, 8), x(4, 4, 8, 8))
+    yield case("einsum of weights", "b s d h e", aten.einsum.default,
+               lambda o, v: torch.einsum("b s d, h d e -> b h s e", o, v), x(4, 8, 4), w(4, 4, 8))
+    yield case("einsum of three", "a b c d", aten.einsum.default, lambda o, v, u: torch.einsum("ab,bc,cd->ad", o, v, u),
+               x(4, 8), w(8, 4), w(4, 8))
+    yield case("sum of all", "i0 i1", aten.sum.default, torch.sum, x(4, 8))
     yield case("addmm", "m k n", aten.addmm.default, torch.addmm, w(4), x(4, 8), w(8, 4))
     yield case("addmm of a matrix", "", aten.addmm.default, torch.addmm, x(4, 4), x(4, 8), w(8, 4))
     yield case("addmm scaled", "", aten.addmm.default, lambda *o: torch.addmm(*o, beta=0.5, alpha=2.0), w(4), x(4, 8),
