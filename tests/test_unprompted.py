@@ -49,10 +49,11 @@ FREE = [("gpt2", 64, 1024, "8xA100-80GB"), ("vit-b16", 256, None, "4xH200")]
 MORE_FREE = [("gpt2-medium", 64, 1024, "4xH200"), ("bert-base", 64, 512, "8xA100-80GB"),
              ("gpt2", 64, 1024, "2x8xH100"), ("opt-125m", 64, 1024, "8xA100-80GB"),
              ("resnet152", 256, None, "8xA100-80GB")]
-
-
-@pytest.mark.parametrize(("name", "batch", "seq", "cluster"), [
+ON_FREE = pytest.mark.parametrize(("name", "batch", "seq", "cluster"), [
     *FREE, *(pytest.param(*point, marks=SLOW) for point in MORE_FREE)])
+
+
+@ON_FREE
 def test_no_weight_is_cut_in_use_where_memory_is_free(name: str, batch: int, seq: int | None, cluster: str) -> None:
     plan = planned(name, batch, seq, cluster)
     found = contractions(named(name, batch, seq), plan)
@@ -60,12 +61,10 @@ def test_no_weight_is_cut_in_use_where_memory_is_free(name: str, batch: int, seq
     assert plan.memory.total < 0.5 * Cluster.preset(cluster).devices[0].memory_bytes
 
 
-@pytest.mark.parametrize(("name", "batch", "seq", "cluster"), [
-    FREE[0], pytest.param(*FREE[1], marks=pytest.mark.xfail(
-        reason="a gather that hides behind compute is free, and nothing prefers one gather to two"))])
+@ON_FREE
 def test_no_parameter_is_gathered_twice_where_memory_is_free(name: str, batch: int, seq: int | None,
                                                              cluster: str) -> None:
-    """ZeRO-3 in part would cost nothing by prediction, and more in truth."""
+    """ZeRO-3 in part might hide behind compute, and still is more to send."""
     assert not [p.name for p in planned(name, batch, seq, cluster).parameters if "Z" in p.storage]
 
 
@@ -140,7 +139,7 @@ def on_two_hosts(size: Wide, cluster: Cluster, pins: Pins = (), mesh: Mesh = Non
 
 @pytest.mark.parametrize(("rows", "devices", "bytes_per_s"), [
     (8192, 2, 40e9), *(pytest.param(*point, marks=SLOW) for point in [
-        (4096, 2, 80e9), (16384, 2, 20e9), (16384, 2, 10e9), (8192, 4, 80e9)])])
+        (8192, 2, 60e9), (16384, 2, 20e9), (16384, 2, 10e9), (8192, 4, 80e9)])])
 def test_columns_then_rows_inside_a_host_and_data_across(rows: int, devices: int, bytes_per_s: float) -> None:
     """Presets have uplinks of 20e9 bytes a second for each device, and links of 240e9 inside a host."""
     _, ups, downs = on_two_hosts(Wide(rows), two_hosts(devices, bytes_per_s))
