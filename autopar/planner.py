@@ -31,6 +31,7 @@ from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds
+from autopar.refusals import merged
 from autopar.solver.optimise import Begun, begin, finish, optimise
 from autopar.workload import peak_flops_per_s, workload_of
 
@@ -126,19 +127,8 @@ def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> 
         except (Infeasible, PinRefused) as refusal:
             refusals.append((setting.mesh, refusal))
     if not found:
-        raise _refusal(refusals, request.pins)
+        raise merged(refusals, request.pins, setting.budget)
     return sorted(found, key=lambda each: each[1].bound.seconds)
-
-
-def _refusal(refusals: list[tuple[Mesh, AutoparError]], pins: Pins) -> AutoparError:
-    """Why no mesh shape has a plan, in one."""
-    text = "; ".join(f"mesh {mesh}: {refusal}" for mesh, refusal in refusals)
-    infeasible = [refusal for _, refusal in refusals if isinstance(refusal, Infeasible)]
-    if not infeasible:
-        return AutoparError(text)
-    pinned = f"with {', '.join(f'{name} pinned to {strategy}' for name, strategy in pins)}: " if pins else ""
-    least = [refusal.least_budget_bytes for refusal in infeasible if refusal.least_budget_bytes is not None]
-    return Infeasible(pinned + text, min(least, default=None))
 
 
 def _plan(solution: Solution, problem: Problem, request: Request, spent: float) -> Plan:

@@ -152,7 +152,7 @@ def test_without_a_cluster_this_machine_is_named(own: Path, capsys: pytest.Captu
     ("--model OWN:no_loss --cluster cpu:2 --batch 5", "takes no batch"),
     ("--model OWN:build --cluster cpu:4 --batch 7 --mode ddp", "batch of 7 does not divide over 4"),
     ("--model OWN:build --cluster cpu:2 --out OWN/plan.json", "cannot write .*mine.py/plan.json"),
-    ("--model OWN:build --cluster cpu:2 --memory-budget 1", "needs .* budget 0.000 GiB"),
+    ("--model OWN:build --cluster cpu:2 --memory-budget 1", "needs .* a device on mesh 2, the budget is 1 bytes"),
     ("--model OWN:masked --cluster cpu:2", f"Masked can't be planned at \\S+mine.py:{LINE_OF['x[x > 0]']} in forward"),
     ("--model OWN:flagged --cluster cpu:2", f"can't be .* at \\S+mine.py:{LINE_OF['x.max().item()']} in forward: "),
     ("--model OWN:wrong --cluster cpu:2", f"can't be exported at \\S+mine.py:{LINE_OF['self.down(x).sum()']} in "),

@@ -14,13 +14,14 @@ from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.passes.modes import MODES
 from autopar.planner import Request, solve
+from tests.builders import quick
 from tests.programs import model_context
 
 CONTEXT = "bf16-mixed"
 
 
 def test_every_mode_has_seconds_or_a_reason() -> None:
-    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp"))
+    found = compare(model_context("mlp", CONTEXT), quick(4), Request("mlp"))
     assert list(found.seconds) == list(MODES)
     assert found.seconds["auto"] == found.plan.step_time_s
     assert found.plan.step_time_s == min(s for s in found.seconds.values() if s is not None)
@@ -30,13 +31,13 @@ def test_every_mode_has_seconds_or_a_reason() -> None:
 
 
 def test_a_mesh_is_kept_to() -> None:
-    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", mesh=(2, 2)))
+    found = compare(model_context("mlp", CONTEXT), quick(4), Request("mlp", mesh=(2, 2)))
     assert found.plan.mesh == (2, 2)
     assert "not a mesh 2x2" in found.reasons["3d"]
 
 
 def test_a_mode_asked_for_is_solved_alone() -> None:
-    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", "ddp"))
+    found = compare(model_context("mlp", CONTEXT), quick(4), Request("mlp", "ddp"))
     assert found.plan.mode == "ddp" and found.seconds["ddp"] == found.plan.step_time_s
     assert found.reasons["auto"] == "not solved, as mode ddp was asked for"
 
@@ -49,7 +50,7 @@ def test_auto_goes_to_the_mesh_of_a_faster_mode(monkeypatch: pytest.MonkeyPatch)
         slow = replace(plan.seconds, step=2 * plan.seconds.step) if plan.mesh == (4,) else plan.seconds
         return replace(plan, seconds=slow), problem
     monkeypatch.setattr(comparison, "solve", narrow)
-    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp"))
+    found = compare(model_context("mlp", CONTEXT), quick(4), Request("mlp"))
     assert found.plan.mesh == (2, 2) and found.plan.mode == "auto"
     assert found.plan.step_time_s == min(s for s in found.seconds.values() if s is not None)
 
@@ -62,10 +63,10 @@ def test_auto_takes_the_plan_of_a_mode_that_time_left_faster(monkeypatch: pytest
         late = replace(plan.seconds, step=4 * plan.seconds.step)
         return replace(plan, seconds=late, gap=0.8, status="Feasible"), problem
     monkeypatch.setattr(comparison, "solve", hasty)
-    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", mesh=(2, 2)))
+    found = compare(model_context("mlp", CONTEXT), quick(4), Request("mlp", mesh=(2, 2)))
     assert found.plan.mode == "auto" and found.plan.status == "Feasible"
     assert found.plan.step_time_s == found.seconds["auto"] == min(s for s in found.seconds.values() if s is not None)
-    free, _ = solve(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp", mesh=(2, 2)))
+    free, _ = solve(model_context("mlp", CONTEXT), quick(4), Request("mlp", mesh=(2, 2)))
     bound = 0.2 * 4 * free.step_time_s
     assert 0 < found.plan.gap < 1
     assert (1 - found.plan.gap) * found.plan.step_time_s == pytest.approx(min(bound, found.plan.step_time_s))
@@ -80,7 +81,7 @@ def test_auto_out_of_time_on_the_mesh_of_a_faster_mode_takes_its_plan(monkeypatc
         plan, problem = solve(ctx, cluster, replace(request, mesh=(2, 2)))
         return replace(plan, seconds=replace(plan.seconds, step=4 * plan.seconds.step)), problem
     monkeypatch.setattr(comparison, "solve", stuck)
-    found = compare(model_context("mlp", CONTEXT), Cluster.preset("cpu:4"), Request("mlp"))
+    found = compare(model_context("mlp", CONTEXT), quick(4), Request("mlp"))
     assert (found.plan.mode, found.plan.mesh, found.plan.status, found.plan.gap) == ("auto", (4,), "Feasible", 1.0)
     assert found.problem.setting.mesh.shape == (4,)
 

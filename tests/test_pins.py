@@ -84,7 +84,8 @@ def test_pins_are_kept_to_the_mode() -> None:
 
 
 def test_infeasible_together_is_told_with_the_pins() -> None:
-    with pytest.raises(Infeasible, match=r"with \S+c_fc pinned to RR = RR X RR: mesh 4: needs .* budget") as refusal:
+    said = r"with \S+c_fc pinned to RR = RR X RR: needs .* a device on mesh 4, the budget is 1000 bytes"
+    with pytest.raises(Infeasible, match=said) as refusal:
         planned((FC, "RR = RR X RR"), budget=1000.0)
     least = refusal.value.least_budget_bytes
     assert least is not None and strategies(planned((FC, "RR = RR X RR"), budget=least))[FC] == "RR = RR X RR"
