@@ -155,8 +155,10 @@ def status_of(gap: float) -> str:
 
 
 def edge_count(instance: Instance) -> int:
-    """The number of producer-consumer pairs of an instance."""
-    return sum(len(flow.consumers) for segment in instance.segments for flow in segment.flows)
+    """The number of producer-consumer pairs of an instance; what a parameter does inline is another side of its pair.
+    """
+    return sum(len(flows[0].consumers) for segment in instance.segments
+               for flows in [[f for f in segment.flows if f.name == name] for name in {f.name for f in segment.flows}])
 
 
 def planned_ops(decision: Decision) -> tuple[PlannedOp, ...]:

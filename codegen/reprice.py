@@ -142,15 +142,12 @@ def _add_communication(node: fx.Node, shapes: _Shapes, tally: _Tally, decision: 
         tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, count * tally.share)
         return
     assert isinstance(module, Reshard)
-    parameter, differentiable = node.meta["reshard"]
+    _, differentiable = node.meta["reshard"]
     for step, nbytes in zip(module.steps, module.nbytes, strict=True):
         forward = setting.price(step.forward, step.axes, nbytes) if step.forward in MOVES_DATA else 0.0
         backward = setting.price(step.backward, step.axes, nbytes) if step.backward in MOVES_DATA else 0.0
-        for phase, seconds in ((tally.forward, forward), (tally.backward, backward if differentiable else 0.0)):
-            if parameter:
-                phase.hidden += seconds
-            else:
-                phase.inline += seconds
+        tally.forward.inline += forward
+        tally.backward.inline += backward if differentiable else 0.0
 
 
 def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setting) -> None:

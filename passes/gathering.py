@@ -2,7 +2,7 @@
 
 The gathers and gradient sums of a segment travel together, so each of its parameters pays its bytes and an equal share
 of the latency. That is the latency over all axes, whichever it travels over: what takes its own way saves the others
-nothing. What is left to do from spec to spec is priced as any reshard.
+nothing. What is left to do from spec to spec is done, and priced, as any reshard: in line with what waits for it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def shared_seconds(price: Price, mesh: Mesh, primitive: Primitive, axes: Axes, n
 
 
 def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], cargo: Cargo, mesh: Mesh, price: Price,
-                      together: Together) -> tuple[Seconds, Seconds]:
-    """Forward and backward (stored, targets). A gathered parameter is gathered again in the backward unless it is kept.
+                      together: Together) -> tuple[tuple[Seconds, Seconds], tuple[Seconds, Seconds]]:
+    """Forward and backward (stored, targets), of gathers and sums that may hide, then of the reshards that are left.
+
+    A gathered parameter is gathered again in the backward unless it is kept.
     """
     bandwidth = _bandwidth(cargo, mesh, price, together)
     partial = [tuple(axis for axis, state in enumerate(states) if state == "G") for states in targets]
@@ -69,7 +71,8 @@ def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], carg
     way = routes(len(cargo.sizes), mesh, cargo, price).seconds(list(starts), targets)
     column = [sums[axes] for axes in partial]
     taken = row[:, column], np.arange(len(targets))
-    return forward + way[0][taken], backward[:, column] + way[1][taken]
+    hidden = np.broadcast_to(forward, (len(stored), len(targets))), backward[:, column]
+    return hidden, (way[0][taken], way[1][taken])
 
 
 def _bandwidth(cargo: Cargo, mesh: Mesh, price: Price, together: Together) -> Callable[[Primitive, Axes, int], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -30,6 +31,8 @@ from autopar.passes.strategies import Assignment, Storage, assignments, storages
 __all__ = ["Ends", "Problem", "Setting", "build", "check_batch", "compute_dtype", "op_work",
            "replicated_axes", "with_summed"]
 Table = tuple[tuple[float, ...], ...]
+Tables = tuple[Table, Table]
+"""Seconds forward and backward."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +110,8 @@ class _Builder:
     number: dict[Key, int] = field(default_factory=dict)
     assigned: dict[Key, tuple[Assignment, ...]] = field(default_factory=dict)
     stored: dict[Key, tuple[Storage, ...]] = field(default_factory=dict)
-    tables: dict[Key, tuple[Table, Table]] = field(default_factory=dict)
+    tables: dict[Key, Tables] = field(default_factory=dict)
+    parameter_tables: dict[Key, tuple[Tables, Tables]] = field(default_factory=dict)
 
     def build(self) -> Problem:
         """Ops and parameters first, then what flows between them."""
@@ -117,7 +121,8 @@ class _Builder:
             self._add_op(key, op, count)
         for key, (node, count) in self.outline.parameters.items():
             self._add_parameter(key, node, count)
-        made = [[self._flow(arrival, self._together(run)) for arrival in run.arrivals] for run in self.outline.runs]
+        made = [[flow for arrival in run.arrivals for flow in self._flows(arrival, self._together(run))]
+                for run in self.outline.runs]
         segments = tuple(Segment(run.name, run.count, tuple(self.number[key] for key in run.ops),
                                  tuple(flow for flow, _ in flows))
                          for run, flows in zip(self.outline.runs, made, strict=True))
@@ -152,23 +157,27 @@ class _Builder:
         choices = storage_choices(self.context, node, options, mesh, self.setting.optimizer, self.setting.device)
         self._add_node(key, factored.program.sources[node.name].name, choices, count)
 
-    def _flow(self, arrival: Arrival, together: Together) -> tuple[Flow, Ends]:
+    def _flows(self, arrival: Arrival, together: Together) -> Iterator[tuple[Flow, Ends]]:
+        """A value that ops make is one flow; a parameter is two, of what may hide behind compute and of what may not.
+        """
         specs: dict[States, int] = {}
         consumers = tuple(Consumer(self.number[reader.key], self._numbered(reader.key, reader.states, specs))
                           for reader in arrival.readers)
         targets, rank = tuple(specs), len(arrival.cargo.sizes)
         wanted = tuple(from_states(states, rank) for states in targets)
+        name, producer = arrival.value.name, self.number[arrival.producer]
         if arrival.states is None:
             stored = self.stored[arrival.producer]
             sources, ends = tuple(range(len(stored))), Ends(arrival.value, stored, wanted)
-            table = self._parameter_table(stored, targets, arrival.cargo, together)
+            hidden, inline = self._parameter_tables(stored, targets, arrival.cargo, together)
+            yield Flow(name, producer, sources, consumers, *hidden, True), ends
+            yield Flow(name, producer, sources, consumers, *inline), ends
         else:
             made: dict[States, int] = {}
             sources = self._numbered(arrival.producer, arrival.states, made)
             ends = Ends(arrival.value, tuple(from_states(states, rank) for states in made), wanted)
             table = self._value_table(tuple(made), targets, arrival.cargo)
-        return Flow(arrival.value.name, self.number[arrival.producer], sources, consumers, *table,
-                    arrival.states is None), ends
+            yield Flow(name, producer, sources, consumers, *table), ends
 
     def _numbered(self, key: Key, states: dict[str, State], specs: dict[States, int]) -> tuple[int, ...]:
         """The number of the spec that each assignment of an op leads to; new ones are added to `specs`."""
@@ -176,7 +185,7 @@ class _Builder:
         return tuple(specs.setdefault(spec, len(specs)) for spec in found)
 
     def _value_table(self, sources: tuple[States, ...], targets: tuple[States, ...],
-                     cargo: Cargo) -> tuple[Table, Table]:
+                     cargo: Cargo) -> Tables:
         if (sources, targets, cargo) not in self.tables:
             ways = routes(len(cargo.sizes), self.setting.mesh, cargo, self.setting.price)
             self.tables[sources, targets, cargo] = _tables(*ways.seconds(sources, targets))
@@ -186,16 +195,17 @@ class _Builder:
         plain = self.context.segmented.factored.program.precision in ("fp32", "bf16")
         return Together(1.0 if plain else 2.0, latency_share(run.parameters))
 
-    def _parameter_table(self, stored: tuple[Storage, ...], targets: tuple[States, ...], cargo: Cargo,
-                         together: Together) -> tuple[Table, Table]:
+    def _parameter_tables(self, stored: tuple[Storage, ...], targets: tuple[States, ...], cargo: Cargo,
+                          together: Together) -> tuple[Tables, Tables]:
         key = (stored, targets, cargo, together)
-        if key not in self.tables:
+        if key not in self.parameter_tables:
             mesh, price = self.setting.mesh, self.setting.price
-            self.tables[key] = _tables(*parameter_seconds(stored, targets, cargo, mesh, price, together))
-        return self.tables[key]
+            hidden, inline = parameter_seconds(stored, targets, cargo, mesh, price, together)
+            self.parameter_tables[key] = _tables(*hidden), _tables(*inline)
+        return self.parameter_tables[key]
 
 
-def _tables(forward: Seconds, backward: Seconds) -> tuple[Table, Table]:
+def _tables(forward: Seconds, backward: Seconds) -> Tables:
     return tuple(map(tuple, forward.tolist())), tuple(map(tuple, backward.tolist()))
 
 
