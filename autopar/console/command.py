@@ -19,6 +19,7 @@ from autopar.models.registry import build
 from autopar.passes.capture import Precision, capture
 from autopar.passes.lookups import checked
 from autopar.passes.notation import op_called
+from autopar.plan_cache import solve_or_recall
 from autopar.planner import Request, prepare, shapes_for, solve
 
 MOST_PROCESSES = 8
@@ -43,14 +44,20 @@ def answer(options: Options, progress: Progress, start: float) -> str:
         op_called(context, options.explain)  # refuses an unknown one before anything is solved
     progress.doing(f"solving for {cluster}")
     compared = compare(context, cluster, request, progress.found) if options.json or options.modes else None
-    plan, problem = (compared.plan, compared.problem) if compared else solve(context, cluster, request, progress.found)
+    problem = compared.problem if compared else None
+    if compared:
+        plan = compared.plan
+    elif options.verbose:
+        plan, problem = solve(context, cluster, request, progress.found)
+    else:
+        plan = solve_or_recall(context, cluster, request, progress.found)
     if options.out is not None:
         plan.save(options.out)
     explained = explain(plan, context, cluster, options.explain) if options.explain is not None else None
     if options.json:
         assert compared is not None
         return as_json(compared, time.perf_counter() - start, explained)
-    text = as_verbose_text(plan, problem) if options.verbose else as_text(plan)
+    text = as_verbose_text(plan, problem) if options.verbose and problem else as_text(plan)
     if compared:
         text += f"\n\nstep by mode:\n{compared}"
     if explained:
