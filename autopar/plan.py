@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -228,13 +229,12 @@ class Plan:
     def verify(self, program: Any, cluster: Any) -> tuple[float, float]:
         """(seconds, bytes) recomputed from the lowered program; `program` is what `autopar.capture` made, or what
         was prepared of it. Raises AutoparError when the plan is for another model or cluster, or its claims are off."""
-        from autopar.planner import verify  # plans are read without torch
-        return verify(self, program, cluster)
+        found: tuple[float, float] = _when_called("planner", "verify")(self, program, cluster)
+        return found
 
     def explain(self, program: Any, cluster: Any, op: str) -> Any:
         """What each alternative for the op called `op` would have cost; see `autopar.explain`."""
-        from autopar.explanation import explain
-        return explain(self, program, cluster, op)
+        return _when_called("explanation", "explain")(self, program, cluster, op)
 
     def diff(self, other: Plan) -> Difference:
         """Where `other` decides otherwise, and what either comes to."""
@@ -275,6 +275,11 @@ class Plan:
             f"replicated for want of a rule: {', '.join(self.fallback_ops)}" if self.fallback_ops else "",
         ]
         return "\n".join(line for line in lines if line)
+
+
+def _when_called(module: str, name: str) -> Any:
+    """A function of a module above this one: plans are read without torch, and what prices them reads plans."""
+    return getattr(importlib.import_module(f"autopar.{module}"), name)
 
 
 def _said(axes: str) -> str:
