@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autopar.core.errors import AutoparError, Infeasible
@@ -22,6 +23,8 @@ from autopar.solver.sharding import decode, formulate, formulate_bytes, taken_in
 
 MOST_EXCLUDED = 32
 """How many solutions over the budget by less than the margin are ruled out, one by one, before giving up."""
+NEAR = 2e-3
+"""The relative distance to the bound within which a solution is looked for first."""
 WIDE = 1e-3
 """The relative distance of the best solution met to the bound from which a better one is looked for first."""
 GIB = 2.0 ** 30
@@ -73,17 +76,29 @@ def finish(begun: Begun, beat: float, solver: str = "cbc", limit_s: float | None
     bound, reduced, start = begun.bound, begun.reduced, time.perf_counter() - begun.seconds
     if bound.seconds >= beat:
         return None
-    known = _known(reduced.instance, bound, solver, limit_s)
-    kept = survivors(bound, known.seconds) if known else _all(reduced.instance)
-    left = None if limit_s is None else max(0.1, limit_s - (time.perf_counter() - start))
-    solved = _solved(reduced.instance, kept, solver, left)
-    found = _better(solved, known)
-    if found is None:
+    known, solved = _known(reduced.instance, bound, solver, limit_s), None
+    for seconds in _thresholds(bound, known):
+        kept = survivors(bound, seconds) if math.isfinite(seconds) else _all(reduced.instance)
+        left = None if limit_s is None else max(0.1, limit_s - (time.perf_counter() - start))
+        solved = _solved(reduced.instance, kept, solver, left)
+        known = _better(solved, known)
+        if solved and solved.status == "optimal" and solved.seconds <= seconds:
+            break  # whatever is left out takes longer than `seconds`
+    if known is None:
         raise AutoparError(f"{solver} found no solution of {formulate(reduced.instance)} within {limit_s} s; allow it "
                            "more")
-    least = min(found.seconds, max(solved.bound if solved else 0.0, bound.seconds))
-    return Solution("optimal" if least == found.seconds else "feasible", reduced.restore(found.choices), found.seconds,
-                    found.nbytes, least, time.perf_counter() - start)
+    least = min(known.seconds, max(solved.bound if solved else 0.0, bound.seconds))
+    return Solution("optimal" if least == known.seconds else "feasible", reduced.restore(known.choices), known.seconds,
+                    known.nbytes, least, time.perf_counter() - start)
+
+
+def _thresholds(bound: Bound, known: Solution | None) -> Iterator[float]:
+    """Seconds up to which a solution is looked for: close to the bound, with few choices left, then the best known.
+    """
+    most = known.seconds if known else math.inf
+    if bound.seconds * (1.0 + NEAR) < most:
+        yield bound.seconds * (1.0 + NEAR)
+    yield most
 
 
 def _known(instance: Instance, bound: Bound, solver: str, limit_s: float | None) -> Solution | None:
