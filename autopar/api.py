@@ -24,7 +24,7 @@ from autopar.passes.modes import MODES
 from autopar.plain import check_material, check_plain
 from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
-from autopar.planner import Request, prepare, shapes_for
+from autopar.planner import Request, check_shapes, prepare
 from autopar.programs import Call, LossFn, Order, compiled
 from autopar.ranks import together
 from autopar.solver.model import SOLVERS
@@ -123,7 +123,5 @@ def _place(cluster: ClusterLike | None, request: Request) -> Cluster:
     """The cluster, on which what is asked for has a mesh. Raises AutoparError."""
     place = read_cluster(cluster) if cluster is not None else launch.local_cluster(
         dist.get_world_size() if dist.is_initialized() else 1)
-    for shape in shapes_for(request, place):
-        setting = request.setting(place, shape)
-        setting.mode.on(shape)
+    check_shapes(request, place)
     return place

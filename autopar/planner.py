@@ -89,6 +89,12 @@ def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...
     return tuple(sorted(mode_called(request.mode).shapes_for(cluster.size), key=max))
 
 
+def check_shapes(request: Request, cluster: Cluster) -> None:
+    """Raises AutoparError where what is asked for doesn't fit together, whatever the program."""
+    for shape in shapes_for(request, cluster):
+        request.setting(cluster, shape).mode.on(shape)
+
+
 def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> tuple[Plan, Problem]:
     """The best plan over mesh shapes, with the problem it solves.
 
@@ -157,8 +163,8 @@ def status_of(gap: float) -> str:
 def edge_count(instance: Instance) -> int:
     """The number of producer-consumer pairs of an instance; what a parameter does inline is another side of its pair.
     """
-    return sum(len(flows[0].consumers) for segment in instance.segments
-               for flows in [[f for f in segment.flows if f.name == name] for name in {f.name for f in segment.flows}])
+    pairs = ({flow.name: len(flow.consumers) for flow in segment.flows} for segment in instance.segments)
+    return sum(count for by_name in pairs for count in by_name.values())
 
 
 def planned_ops(decision: Decision) -> tuple[PlannedOp, ...]:

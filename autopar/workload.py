@@ -10,9 +10,9 @@ from torch import Tensor
 from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh
 from autopar.passes.capture import COMPUTE_DTYPE, Precision, Program
+from autopar.passes.choices import op_work
 from autopar.passes.costs import DTYPES
 from autopar.passes.decision import Context
-from autopar.passes.problem import op_work
 from autopar.plan import Workload
 
 _ALONE = Mesh((1,))

@@ -23,9 +23,9 @@ from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision, cargo_of
 from autopar.passes.factors import PERMUTED, SPLITS
 from autopar.passes.functional import value_of
+from autopar.passes.gathering import replicated_axes, with_summed
 from autopar.passes.layout import from_base, local_factors, local_shape
 from autopar.passes.ops import Op, OpOperand
-from autopar.passes.problem import replicated_axes, with_summed
 from autopar.passes.segments import Segment
 
 aten = torch.ops.aten

@@ -20,13 +20,14 @@ from autopar.core.reshard import MOVES_DATA, Primitive
 from autopar.core.sharding import Priced, Sums
 from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
+from autopar.passes.choices import compute_dtype
 from autopar.passes.costs import work_of
 from autopar.passes.decision import Decision
 from autopar.passes.gathering import latency_share, shared_seconds
 from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.ops import Op
-from autopar.passes.problem import Setting, compute_dtype
+from autopar.passes.problem import Setting
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,18 +18,16 @@ from autopar.core.routes import Seconds
 from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segment
 from autopar.core.spec import Spec, State, from_states
 from autopar.core.steps import States
-from autopar.passes.choices import compute_dtype, op_choices, op_work, storage_choices
+from autopar.passes.choices import op_choices, storage_choices
 from autopar.passes.costs import Optimizer, slowest
 from autopar.passes.decision import Context, Decision
-from autopar.passes.gathering import Together, latency_share, parameter_seconds, replicated_axes, with_summed
+from autopar.passes.gathering import Together, latency_share, parameter_seconds
 from autopar.passes.modes import Mode
 from autopar.passes.moments import moments
 from autopar.passes.ops import Op
 from autopar.passes.outline import OUTPUT, Arrival, Key, Outline, Run, outline
 from autopar.passes.strategies import Assignment, Storage, assignments, storages
 
-__all__ = ["Ends", "Problem", "Setting", "build", "check_batch", "compute_dtype", "op_work",
-           "replicated_axes", "with_summed"]
 Table = tuple[tuple[float, ...], ...]
 Tables = tuple[Table, Table]
 """Seconds forward and backward."""

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from autopar.core.sharding import INTERFERENCE, PHASES, Instance, price
+from autopar.solver.elimination import Array
 from autopar.solver.model import Model, Terms, Variable
 from autopar.solver.network import Cut, Network, Prices, cut, network
 
@@ -30,7 +32,7 @@ ROUNDING = 1e-9
 """How far above a solution's seconds, relatively, a bound must be to rule a choice out."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Bound:
     """What the dual proved: no solution takes fewer than `seconds`; `choices` is the best one seen, None for none."""
 
@@ -39,6 +41,11 @@ class Bound:
     prices: Prices
     cuts: tuple[Cut, ...]
     choices: tuple[int, ...] | None
+
+    @cached_property
+    def marginals(self) -> tuple[Array, ...]:
+        """The least sum with each choice of each node at the prices."""
+        return self.net.at(self.prices).marginals()
 
 
 def raise_bound(instance: Instance, solver: str, enough: float = math.inf, limit_s: float | None = None) -> Bound:
@@ -86,7 +93,7 @@ def survivors(bound: Bound, seconds: float) -> tuple[tuple[int, ...], ...]:
     """The choices of each node that a solution of at most `seconds` may take."""
     most = seconds * (1.0 + ROUNDING) + bound.net.allowance(bound.prices)
     return tuple(tuple(int(c) for c in np.flatnonzero(least <= most + ROUNDING * abs(most)))
-                 for least in bound.net.at(bound.prices).marginals())
+                 for least in bound.marginals)
 
 
 def _aim(net: Network, cuts: list[Cut], solver: str) -> tuple[Prices, float]:

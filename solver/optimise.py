@@ -60,8 +60,10 @@ def begin(instance: Instance, enough: float = math.inf, solver: str = "cbc", lim
         if not node.choices:
             raise Infeasible(f"{node.name} has no choice, needed is at least one; being replicated is always possible")
     reduced = presolve(instance)
-    if len(ledger(instance).binding(instance.budget).table) and least_bytes(instance, solver) > instance.budget:
-        raise _refusal(instance, solver)
+    if len(ledger(instance).binding(instance.budget).table):
+        needed = least_bytes(instance, solver)
+        if needed > instance.budget:
+            raise _refusal(needed, instance.budget)
     bound = raise_bound(reduced.instance, solver, enough, None if limit_s is None else limit_s / 3)
     if math.isinf(bound.seconds):
         raise _no_way(instance, solver)
@@ -149,15 +151,10 @@ def least_bytes(instance: Instance, solver: str = "cbc") -> float:
     return price(reduced, taken_in(reduced, outcome)).nbytes
 
 
-def _refusal(instance: Instance, solver: str) -> Infeasible:
-    """Why there is no solution. Raises Infeasible where not even a budget without end would do."""
-    if math.isfinite(instance.budget):
-        needed = least_bytes(instance, solver)
-        assert needed > instance.budget, f"{solver} finds nothing within {instance.budget} bytes, {needed} are enough"
-        return Infeasible(f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes), budget "
-                          f"{instance.budget / GIB:.3f} GiB ({instance.budget:.0f} bytes); raise the budget, use more "
-                          "devices or a smaller batch", needed)
-    return _no_way(instance, solver)
+def _refusal(needed: float, budget: float) -> Infeasible:
+    """That a budget is too small."""
+    return Infeasible(f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes), budget {budget / GIB:.3f} GiB "
+                      f"({budget:.0f} bytes); raise the budget, use more devices or a smaller batch", needed)
 
 
 def _no_way(instance: Instance, solver: str) -> Infeasible:

@@ -20,7 +20,7 @@ from autopar.passes.capture import Precision, capture
 from autopar.passes.lookups import checked
 from autopar.passes.notation import op_called
 from autopar.plan_cache import solve_or_recall
-from autopar.planner import Request, prepare, shapes_for, solve
+from autopar.planner import Request, check_shapes, prepare, solve
 
 MOST_PROCESSES = 8
 """Local processes that are planned for where there is no GPU: more share a machine's memory too thinly."""
@@ -31,8 +31,7 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     cluster = options.cluster or this_machine()
     request = Request(options.model, options.mode, options.mesh, options.optimizer, options.memory_budget,
                       options.solver, options.pins)
-    for shape in shapes_for(request, cluster):
-        request.setting(cluster, shape).mode.on(shape)  # refuses what doesn't fit together before anything is built
+    check_shapes(request, cluster)  # before anything is built
     progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")
     built = build(options.model, options.batch, options.seq)
     progress.doing(f"tracing {options.model}")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from autopar.console.listing import gathered
 from autopar.core.sharding import Flow, Segment
 from autopar.core.spec import Spec
 from autopar.passes.factors import Factored
@@ -45,7 +46,7 @@ def _matrix(problem: Problem, segment: Segment, flow: Flow, ends: Ends) -> str:
 
 def _texts(factored: Factored, value: fx.Node, ends: Iterable[Spec | Storage]) -> list[str]:
     """What is told of each spec, over the dims of `value` unless that is the same of two."""
-    specs = [(end.spec(len(factored.flat(value)), False), _resting(end)) if isinstance(end, Storage) else (end, "")
+    specs = [(end.spec(len(factored.flat(value)), False), gathered(str(end))) if isinstance(end, Storage) else (end, "")
              for end in ends]
     by_dim = [_text(Spec(merged(factored, value, spec).dims, spec.partial, spec.grad_partial), resting)
               for spec, resting in specs]
@@ -54,12 +55,6 @@ def _texts(factored: Factored, value: fx.Node, ends: Iterable[Spec | Storage]) -
 
 def _text(spec: Spec, resting: str) -> str:
     return f"{spec}{resting}" or "scalar"
-
-
-def _resting(storage: Storage) -> str:
-    """The axes over which a parameter is gathered, and whether it is kept."""
-    axes = "".join(map(str, storage.gathered))
-    return f"({'K' if storage.kept else 'Z'}{axes})" if axes else ""
 
 
 def _microseconds(seconds: float) -> str:

@@ -74,7 +74,11 @@ def _at_rest(parameters: Sequence[PlannedParameter]) -> str:
 def _spec(parameter: PlannedParameter) -> str:
     """The spec at rest; then, as edges print it, `(Z0)` where it is gathered over axis 0 for each use, `(K0)` where it
     is gathered once and kept until the backward."""
-    states = parameter.storage.split(",")
-    told = [f"({state}{''.join(str(a) for a, s in enumerate(states) if s == state)})" for state in "ZK"
-            if state in states]
-    return " ".join([parameter.spec, *told])
+    return " ".join(filter(None, (parameter.spec, gathered(parameter.storage))))
+
+
+def gathered(storage: str) -> str:
+    """`(Z0)` or `(K0)` of a storage as plans write it, nothing where no axis is gathered."""
+    states = storage.split(",")
+    return "".join(f"({state}{''.join(str(a) for a, s in enumerate(states) if s == state)})" for state in "ZK"
+                   if state in states)
