@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autopar.core.errors import AutoparError, Infeasible
@@ -23,8 +22,8 @@ from autopar.solver.sharding import decode, formulate, formulate_bytes, taken_in
 
 MOST_EXCLUDED = 32
 """How many solutions over the budget by less than the margin are ruled out, one by one, before giving up."""
-NEAR = 2e-3
-"""The relative distance to the bound within which a solution is looked for first."""
+NEAR = (5e-4, 2e-3)
+"""The relative distances to the bound within which a solution is looked for first, with few choices left."""
 WIDE = 1e-3
 """The relative distance of the best solution met to the bound from which a better one is looked for first."""
 GIB = 2.0 ** 30
@@ -79,12 +78,14 @@ def finish(begun: Begun, beat: float, solver: str = "cbc", limit_s: float | None
     if bound.seconds >= beat:
         return None
     known, solved = _known(reduced.instance, bound, solver, limit_s), None
-    for seconds in _thresholds(bound, known):
+    for near in (*NEAR, math.inf):
+        most = known.seconds if known else math.inf
+        seconds = most if most < bound.seconds * (1.0 + 2.0 * near) else bound.seconds * (1.0 + near)
         kept = survivors(bound, seconds) if math.isfinite(seconds) else _all(reduced.instance)
         left = None if limit_s is None else max(0.1, limit_s - (time.perf_counter() - start))
         solved = _solved(reduced.instance, kept, solver, left)
         known = _better(solved, known)
-        if solved and solved.status == "optimal" and solved.seconds <= seconds:
+        if seconds == most or (solved and solved.status == "optimal" and solved.seconds <= seconds):
             break  # whatever is left out takes longer than `seconds`
     if known is None:
         raise AutoparError(f"{solver} found no solution of {formulate(reduced.instance)} within {limit_s} s; allow it "
@@ -92,15 +93,6 @@ def finish(begun: Begun, beat: float, solver: str = "cbc", limit_s: float | None
     least = min(known.seconds, max(solved.bound if solved else 0.0, bound.seconds))
     return Solution("optimal" if least == known.seconds else "feasible", reduced.restore(known.choices), known.seconds,
                     known.nbytes, least, time.perf_counter() - start)
-
-
-def _thresholds(bound: Bound, known: Solution | None) -> Iterator[float]:
-    """Seconds up to which a solution is looked for: close to the bound, with few choices left, then the best known.
-    """
-    most = known.seconds if known else math.inf
-    if bound.seconds * (1.0 + NEAR) < most:
-        yield bound.seconds * (1.0 + NEAR)
-    yield most
 
 
 def _known(instance: Instance, bound: Bound, solver: str, limit_s: float | None) -> Solution | None:
