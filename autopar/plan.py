@@ -16,87 +16,16 @@ from autopar.core.files import entries, entry, typed, write_whole
 from autopar.core.presets import MOST_DEVICES
 from autopar.core.reading import check_path, read_as
 from autopar.difference import Difference, changes
+from autopar.listing import listing
+from autopar.planned import SECONDS, Bytes, PlannedOp, PlannedParameter, Seconds, Workload, check_finite
 
-FORMAT = "autopar plan 2"
+FORMAT = "autopar plan 3"
+WORDS = ("model", "program_key", "cluster", "cluster_key", "mode", "precision", "optimizer", "status", "attention")
+FIGURES = ("gap", "step_time_s", "compute_s", "inline_s", "exposed_s", "optimizer_s", "bubble_s", "communication_s",
+           "samples_per_s", "tokens_per_s", "mfu", "samples", "tokens", "flop", "peak_flops_per_s", "nodes", "edges",
+           "solve_s")
+"""The attributes of a plan that its file tells, under the same names; lists, tables and `memory_bytes` besides."""
 GIB = 2.0**30
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedOp:
-    """One op: what each axis does (a factor of its rule, `R` or `G`) and how it prints, `S0R = S0R X RR`."""
-
-    name: str
-    segment: str
-    assignment: tuple[str, ...]
-    strategy: str
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedParameter:
-    """One parameter: per axis `R`, `Z` (gathered for use) or the factor it is sharded on; its spec at rest."""
-
-    name: str
-    storage: str
-    spec: str
-
-
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """A predicted step: the parts add up to `step`. `bubble` is the wait of a pipeline, 0 without one."""
-
-    step: float
-    compute: float
-    inline: float
-    exposed: float
-    optimizer: float
-    bubble: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_finite("seconds", dataclasses.asdict(self))
-
-
-@dataclass(frozen=True, slots=True)
-class Bytes:
-    """Predicted bytes of one device at the fullest moment of a step, by kind."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    activations: float
-    transient: float
-
-    def __post_init__(self) -> None:
-        _check_finite("memory", dataclasses.asdict(self))
-
-    @property
-    def total(self) -> float:
-        """All kinds together."""
-        return float(sum(dataclasses.astuple(self)))
-
-    @property
-    def peak(self) -> float:
-        """The most bytes at any time."""
-        return self.total
-
-    @property
-    def device(self) -> float:
-        """What a budget is compared with. Context and communication buffers are not in it: a device's default budget
-        leaves them room."""
-        return self.peak
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """What a step does, however it is cut: samples and tokens of the global batch, None where it has no tokens.
-
-    `flop` is counted once in the whole program: those of matmuls, convolutions and attention in the forward, half of
-    them under a causal mask, and twice as many in the backward where a gradient flows through. Recomputation and
-    pointwise work are not in it.
-    """
-
-    samples: int
-    tokens: int | None
-    flop: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +55,7 @@ class Plan:
     peak_flops_per_s: float
 
     def __post_init__(self) -> None:
-        _check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
+        check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
                                "flop": self.workload.flop})
         if not self.mesh or min(self.mesh) < 1 or math.prod(self.mesh) > MOST_DEVICES:
             raise AutoparError(f"'mesh' is {list(self.mesh)}, needed are sizes above 0 that multiply to at most "
@@ -176,6 +105,21 @@ class Plan:
         return self.seconds.bubble
 
     @property
+    def samples(self) -> int:
+        """Samples of the global batch."""
+        return self.workload.samples
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the global batch, None where it has none."""
+        return self.workload.tokens
+
+    @property
+    def flop(self) -> float:
+        """The workload's FLOP a step."""
+        return self.workload.flop
+
+    @property
     def samples_per_s(self) -> float:
         """Samples a second of the whole cluster."""
         return self.workload.samples / self.seconds.step
@@ -196,26 +140,29 @@ class Plan:
         return {**dataclasses.asdict(self.memory), "peak": self.memory.peak, "device": self.memory.device}
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain lists and numbers; the keys are the fields."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {"format": FORMAT, **plain}
+        """The plan as plain lists and numbers; the keys are attributes."""
+        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)] for name in ("ops", "parameters")}
+        told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops")}
+        plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **told, **rows}))
+        return plain
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        """The inverse of `to_json`. Raises AutoparError naming what is missing or of the wrong kind."""
+        """The inverse of `to_json`; what follows from the rest is not read. Raises AutoparError naming what is missing
+        or of the wrong kind."""
         if entry(typed("a plan", data, dict), "format", str) != FORMAT:
             raise AutoparError(f"'format' is {data['format']!r}, needed is {FORMAT!r}: make the plan again")
         kinds = {"gap": float, "solve_s": float, "nodes": int, "edges": int, "peak_flops_per_s": float}
-        names = ("model", "program_key", "cluster", "cluster_key", "mode", "precision", "optimizer", "status",
-                 "attention", *kinds)
-        plain: dict[str, Any] = {name: entry(data, name, kinds.get(name, str)) for name in names}
+        plain: dict[str, Any] = {name: entry(data, name, kinds.get(name, str)) for name in (*WORDS, *kinds)}
         ops = tuple(PlannedOp(entry(op, "name", str), entry(op, "segment", str), entries(op, "assignment", str),
                               entry(op, "strategy", str)) for op in entries(data, "ops", dict))
         parameters = tuple(PlannedParameter(*(entry(p, name, str) for name in ("name", "storage", "spec")))
                            for p in entries(data, "parameters", dict))
-        return cls(**plain, mesh=entries(data, "mesh", int), seconds=_numbers(Seconds, data, "seconds"),
-                   memory=_numbers(Bytes, data, "memory"), workload=_workload(entry(data, "workload", dict)), ops=ops,
-                   parameters=parameters, fallback_ops=entries(data, "fallback_ops", str))
+        seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
+        held = entry(data, "memory_bytes", dict)
+        memory = Bytes(*(entry(held, f.name, float) for f in dataclasses.fields(Bytes)))
+        return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
+                   ops=ops, parameters=parameters, fallback_ops=entries(data, "fallback_ops", str))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -253,9 +200,8 @@ class Plan:
                           (self.memory.total, other.memory.total))
 
     def __str__(self) -> str:
-        width = max((len(op.name) for op in self.ops), default=0)
-        shown = (op for op in self.ops if op.strategy)
-        return "\n".join([*(f"{op.name:<{width}}  {op.strategy}" for op in shown), "", self.summary()])
+        """One line an op, equal layers once, then the summary."""
+        return f"{listing(self.ops, self.parameters)}\n\n{self.summary()}"
 
     def summary(self) -> str:
         """Mesh, bytes by kind and the predicted step, in a few lines."""
@@ -288,18 +234,6 @@ def _said(axes: str) -> str:
     return first if all(other == first for other in rest) else axes
 
 
-def _numbers(kind: type[Any], data: dict[str, Any], name: str) -> Any:
-    table = entry(data, name, dict)
-    return kind(**{f.name: entry(table, f.name, float) for f in dataclasses.fields(kind)})
-
-
 def _workload(table: dict[str, Any]) -> Workload:
     tokens = None if "tokens" in table and table["tokens"] is None else entry(table, "tokens", int)
     return Workload(entry(table, "samples", int), tokens, entry(table, "flop", float))
-
-
-def _check_finite(what: str, figures: dict[str, float]) -> None:
-    """Raises AutoparError for a figure that is not a number or infinite: a file may hold those too."""
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            raise AutoparError(f"{name!r} of {what} is {value}, needed is a finite number: make the plan again")

@@ -30,7 +30,8 @@ from autopar.passes.pins import PinRefused, Pins, allowed
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
-from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds
+from autopar.plan import Plan
+from autopar.planned import Bytes, PlannedOp, PlannedParameter, Seconds
 from autopar.refusals import merged
 from autopar.solver.optimise import Begun, begin, finish, optimise
 from autopar.workload import peak_flops_per_s, workload_of

@@ -13,7 +13,7 @@ from autopar.passes.capture import COMPUTE_DTYPE, Precision, Program
 from autopar.passes.choices import op_work
 from autopar.passes.costs import DTYPES
 from autopar.passes.decision import Context
-from autopar.plan import Workload
+from autopar.planned import Workload
 
 _ALONE = Mesh((1,))
 _BACKWARD = 2.0

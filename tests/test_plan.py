@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from autopar.core.errors import AutoparError
-from autopar.plan import Bytes, Plan, PlannedOp, PlannedParameter, Seconds, Workload
+from autopar.plan import FORMAT, Plan
+from autopar.planned import Bytes, PlannedOp, PlannedParameter, Seconds, Workload
 
 PLAN = Plan(
     "m.py:f", "0" * 12, "cpu:2", "1" * 12, (2, 1), "auto", "fp32", "sgd", "Optimal", 0.0,
@@ -46,13 +47,21 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_file_tells_attributes() -> None:
+    told = json.loads(json.dumps(PLAN.to_json()))
+    rows = {name: [dataclasses.asdict(each) for each in getattr(PLAN, name)] for name in ("ops", "parameters")}
+    assert told.pop("format") == FORMAT
+    assert all(json.loads(json.dumps(rows.get(name) or getattr(PLAN, name))) == value for name, value in told.items())
+
+
 @pytest.mark.parametrize(("path", "value", "said"), [
     (("format",), "autopar plan 0", "'format' is 'autopar plan 0', needed is"),
     (("format",), GONE, "'format' is missing"),
     (("gap",), math.nan, "'gap' of plan is nan, needed is a finite number"), (("gap",), "0", "'gap' is '0'"),
-    (("seconds", "step"), math.nan, "'step' of seconds is nan"), (("seconds", "step"), GONE, "'step' is missing"),
-    (("seconds",), [], "'seconds' is "), (("memory", "transient"), math.inf, "'transient' of memory is inf"),
-    (("memory", "gradients"), 10**400, "too large"), (("workload", "flop"), -math.inf, "'flop' of plan is -inf"),
+    (("step_time_s",), math.nan, "'step_time_s' of plan is nan"), (("step_time_s",), GONE, "'step_time_s' is missing"),
+    (("inline_s",), [], "'inline_s' is "), (("memory_bytes", "transient"), math.inf, "transient.*is inf"),
+    (("memory_bytes", "gradients"), 10**400, "too large"), (("flop",), -math.inf, "'flop' of plan is -inf"),
+    (("memory_bytes",), 3.0, "'memory_bytes' is 3.0"), (("tokens",), GONE, "'tokens' is missing"),
     (("mesh",), [], "'mesh' is .*needed are sizes above 0"), (("mesh",), [0, 2], "'mesh' is .0, 2., needed are sizes"),
     (("mesh",), [-2, -1], "'mesh' is"), (("mesh",), [10**9, 1], "multiply to at most"),
     (("mesh",), [2.0, 1], "mesh.0."),
@@ -60,7 +69,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     (("ops", 0, "assignment"), ["n"], "for each of the 2 axes"), (("ops", 0, "assignment", 0), 3, "is 3, needed is"),
     (("ops", 1, "name"), "conv1", "op conv1 is planned 2 times, needed is once"), (("ops",), {}, "'ops' is"),
     (("ops", 0), "conv1", "ops.0. is 'conv1'"), (("parameters", 0, "storage"), GONE, "'storage' is missing"),
-    (("workload", "samples"), "8", "'samples' is '8'"), (("nodes",), True, "'nodes' is True"),
+    (("samples",), "8", "'samples' is '8'"), (("nodes",), True, "'nodes' is True"),
     ((), [], "holds a list"), ((), None, "holds a NoneType"), ((), "plan", "holds a str"),
 ])
 def test_damaged_files_are_refused_by_name(path: Path_, value: Any, said: str, tmp_path: Path) -> None:

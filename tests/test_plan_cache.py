@@ -48,7 +48,7 @@ def test_another_request_is_another_plan(request_: Request, folder: Path, contex
     assert place(context, Cluster.preset("cpu:4"), Request("mlp")) != place(context, CLUSTER, Request("mlp"))
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "{\"format\": \"autopar plan 2\"}"])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "{\"format\": \"autopar plan 3\"}"])
 def test_what_is_no_plan_is_made_anew(text: str, folder: Path, context: Context) -> None:
     first = solve_or_recall(context, CLUSTER, Request("mlp"))
     path = place(context, CLUSTER, Request("mlp"))

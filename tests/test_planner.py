@@ -190,8 +190,8 @@ def at(*path: Any) -> Callable[[Any], Callable[[dict[str, Any]], None]]:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (at("seconds", "step")(lambda s: 0.99 * s), "claims .* seconds"),
-    (at("memory", "activations")(lambda b: b - 100.0), "claims .* bytes"),
+    (at("step_time_s")(lambda s: 0.99 * s), "claims .* seconds"),
+    (at("memory_bytes", "activations")(lambda b: b - 100.0), "claims .* bytes"),
     (at("ops", 0, "assignment")(lambda a: ["R"] if a != ["R"] else ["e0"]), "claims .* seconds|claims .* bytes"),
     (at("parameters", 0, "storage")(lambda s: "R" if s != "R" else "Z"), "claims .* seconds|claims .* bytes"),
     (at("program_key")("0" * 12), "is for program 000000000000"),

@@ -69,6 +69,6 @@ def test_rates_follow_from_the_step() -> None:
 def test_edited_flop_are_refused() -> None:
     context, cluster = model_context("mlp", "bf16-mixed"), Cluster.preset("cpu:2")
     data = solve(context, cluster, Request("mlp", "ddp"))[0].to_json()
-    data["workload"]["flop"] *= 2
+    data["flop"] *= 2
     with pytest.raises(AutoparError, match=r"claims .* FLOP"):
         verify(Plan.from_json(data), context, cluster)

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from autopar.console.listing import gathered
 from autopar.core.sharding import Flow, Segment
 from autopar.core.spec import Spec
+from autopar.listing import gathered
 from autopar.passes.factors import Factored
 from autopar.passes.notation import merged
 from autopar.passes.problem import Ends, Problem

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from typing import Any
 
 from autopar.comparison import Comparison
 from autopar.console.edges import edge_costs
-from autopar.console.listing import listing
 from autopar.explanation import Explanation
+from autopar.listing import listing
 from autopar.passes.problem import Problem
 from autopar.plan import Plan
-
-FIELDS = ("status", "gap", "model", "cluster", "mesh", "mode", "precision", "optimizer", "step_time_s", "compute_s",
-          "inline_s", "exposed_s", "optimizer_s", "bubble_s", "communication_s", "samples_per_s", "tokens_per_s", "mfu",
-          "memory_bytes", "attention", "fallback_ops", "nodes", "edges", "solve_s")
-"""The attributes of a plan that its JSON tells, under the same names."""
 
 
 def as_text(plan: Plan) -> str:
@@ -33,15 +27,14 @@ def as_verbose_text(plan: Plan, problem: Problem) -> str:
 
 
 def as_json(compared: Comparison, total_s: float, explanation: Explanation | None = None) -> str:
-    """One object: seconds and bytes as numbers, every op and parameter by name, layers written out.
+    """One object: what a plan's file tells, ops that print nothing left out, and what was compared.
 
     `total_s`: seconds since the command started.
     """
     plan = compared.plan
     return json.dumps({
-        **{name: getattr(plan, name) for name in FIELDS},
-        "ops": [{"name": op.name, "strategy": op.strategy, "segment": op.segment} for op in plan.ops if op.strategy],
-        "parameters": [dataclasses.asdict(parameter) for parameter in plan.parameters],
+        **plan.to_json(),
+        "ops": [op for op in plan.to_json()["ops"] if op["strategy"]],
         "modes": compared.seconds, "modes_reason": compared.reasons, "total_s": total_s,
         **({"explanation": explanation_fields(explanation)} if explanation else {}),
     })

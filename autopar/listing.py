@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autopar.plan import PlannedOp, PlannedParameter
+from autopar.planned import PlannedOp, PlannedParameter
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ from functools import cache
 
 import pytest
 
-from autopar.console.listing import listing
 from autopar.core.cluster import Cluster
-from autopar.plan import Plan, PlannedOp, PlannedParameter
+from autopar.listing import listing
+from autopar.plan import Plan
+from autopar.planned import PlannedOp, PlannedParameter
 from autopar.planner import Request, solve
 from tests.programs import model_context
 

@@ -1,0 +1,99 @@
+"""What a plan is made of: its ops and parameters, its seconds and bytes, what a step has to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from autopar.core.errors import AutoparError
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedOp:
+    """One op: what each axis does (a factor of its rule, `R` or `G`) and how it prints, `S0R = S0R X RR`."""
+
+    name: str
+    segment: str
+    assignment: tuple[str, ...]
+    strategy: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedParameter:
+    """One parameter: per axis `R`, `Z` (gathered for use) or the factor it is sharded on; its spec at rest."""
+
+    name: str
+    storage: str
+    spec: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """A predicted step: the parts add up to `step`. `bubble` is the wait of a pipeline, 0 without one."""
+
+    step: float
+    compute: float
+    inline: float
+    exposed: float
+    optimizer: float
+    bubble: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_finite("plan", {name: getattr(self, part) for name, part in SECONDS.items()})
+
+
+SECONDS = {"step_time_s": "step", **{f"{part}_s": part for part in ("compute", "inline", "exposed", "optimizer",
+                                                                    "bubble")}}
+"""What files call the fields of Seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Predicted bytes of one device at the fullest moment of a step, by kind."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    transient: float
+
+    def __post_init__(self) -> None:
+        check_finite("memory_bytes", dataclasses.asdict(self))
+
+    @property
+    def total(self) -> float:
+        """All kinds together."""
+        return float(sum(dataclasses.astuple(self)))
+
+    @property
+    def peak(self) -> float:
+        """The most bytes at any time."""
+        return self.total
+
+    @property
+    def device(self) -> float:
+        """What a budget is compared with. Context and communication buffers are not in it: a device's default budget
+        leaves them room."""
+        return self.peak
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a step does, however it is cut: samples and tokens of the global batch, None where it has no tokens.
+
+    `flop` is counted once in the whole program: those of matmuls, convolutions and attention in the forward, half of
+    them under a causal mask, and twice as many in the backward where a gradient flows through. Recomputation and
+    pointwise work are not in it.
+    """
+
+    samples: int
+    tokens: int | None
+    flop: float
+
+
+def check_finite(what: str, figures: dict[str, float]) -> None:
+    """Raises AutoparError for a figure that is not a number or infinite: a file may hold those too."""
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise AutoparError(f"{name!r} of {what} is {value}, needed is a finite number: make the plan again")
