@@ -12,6 +12,7 @@ from torch import nn
 from autopar import launch
 from autopar.arguments import one_of, read_budget, read_cluster, read_mesh, read_pins, read_plan
 from autopar.codegen.batches import BatchKind
+from autopar.codegen.compiled import COMPILERS, Compiler, compiler_for
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.deferred import DeferredModule
@@ -61,18 +62,22 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             batch: BatchKind | None = None, loss_fn: LossFn | None = None, mode: str = "auto",
             mesh: MeshLike | None = None, plan: PlanLike | None = None, memory_budget: float | str | None = None,
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
-            pins: Mapping[str, str] | None = None) -> nn.Module:
+            pins: Mapping[str, str] | None = None, compiler: Compiler | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
     call is traced. `batch="global"` means that every rank passes the whole batch, `"local"` each its own part; when
     omitted, shapes tell. `loss_fn(output, target)` makes a loss of a model that returns none: its target is the last
-    positional argument of a call. A `plan`, or the path of one that rank 0 can read, skips solving. All else is as in
-    `autopar.plan`. Raises AutoparError on every rank alike.
+    positional argument of a call. A `plan`, or the path of one that rank 0 can read, skips solving. `compiler` is
+    "inductor", which compiles each class of equal segments once, in the first step, or "eager", which runs them as they
+    are, for debugging; the default is "inductor" on GPUs that Triton knows and "eager" on CPUs, where Inductor takes a
+    minute for what eager code trains in. All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None]:
         if batch is not None:
             one_of("batch", batch, get_args(BatchKind))
+        if compiler is not None:
+            one_of("compiler", compiler, COMPILERS)
         decided = [name for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins)) if value]
         if plan is not None and decided:
             raise AutoparError(f"a plan is given, which decides all, and {', '.join(decided)}, which are for making "
@@ -88,7 +93,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             raise AutoparError(f"cluster {place.name} has {place.size} devices, {dist.get_world_size()} ranks are "
                                "running; start as many ranks as the cluster has devices, or name another cluster")
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
-        return Order(place, request, precision, loss_fn, read, batch)
+        return Order(place, request, precision, loss_fn, read, batch, compiler_for(launch.device(), compiler))
 
     request, call = together(asked)  # by each rank alone where they have not met yet
     launch.init()

@@ -15,6 +15,7 @@ from autopar import launch
 from autopar.codegen.batches import Batches, BatchKind, all_equal
 from autopar.codegen.calls import form_of
 from autopar.codegen.communicator import Communicator, connect
+from autopar.codegen.compiled import COMPILERS, Compiler
 from autopar.codegen.executable import Executable, batch_spec, build
 from autopar.codegen.lower import Target
 from autopar.codegen.parameters import device_mesh
@@ -49,6 +50,7 @@ class Order:
     loss_fn: LossFn | None
     plan: Plan | None
     batch: BatchKind | None
+    compiler: Compiler
 
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
@@ -133,7 +135,8 @@ class Programs:
         assert self._communicator is not None
         price = self._order.cluster.pricer(decision.mesh)
         inputs = _input_specs(decision) if kind == "local" else {}
-        return build(Target(decision, self._communicator, price, launch.device(), inputs))
+        lowered = build(Target(decision, self._communicator, price, launch.device(), inputs))
+        return COMPILERS[self._order.compiler](lowered)
 
 
 def check_fits(plan: Plan, ctx: Context, order: Order) -> None:

@@ -11,14 +11,19 @@ tensor, so `torch.compile` can trace, reorder and plan memory around them.
 - `_are_we_tracing` is the one test that sees Dynamo, export and a bare AOTAutograd alike; the same in both versions.
 - Importing `_functional_collectives` registers the ops' fake kernels; neither version does so with
   `torch.distributed`, and tracing without them fails.
+
+Compiling goes by the public `torch.compile`; its backend is Inductor's entry under two settings of AOTAutograd that
+have no public name, and its errors have none either. All are the same in both versions, and imported when first used,
+which takes seconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.distributed import _functional_collectives
 
 _OPS = torch.ops._c10d_functional
@@ -57,3 +62,37 @@ def unaliased(x: Tensor) -> Tensor:
 def _wait(x: Any) -> Tensor:
     finished: Tensor = _OPS.wait_tensor(x)
     return finished
+
+
+def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """A graph that Dynamo traced, its forward and its backward compiled by Inductor.
+
+    The backward is compiled along with the forward, where failures can be told by name, rather than when it first
+    runs. It does not write over what the forward saved ("donated" it), so that `retain_graph=True` works as ever: to
+    leave that to the setting would do if backwards on GPUs, in threads of their own, saw it too.
+    """
+    from torch._functorch import config
+    from torch._guards import TracingContext
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def donating_nothing(*args: Any, **kwargs: Any) -> Any:
+        metadata = TracingContext.get().fw_metadata
+        assert metadata is not None, "AOTAutograd describes what it has compiled"
+        metadata.bw_donated_idxs = []
+        return compile_fx_inner(*args, **kwargs)
+
+    with config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False):
+        compiled: Any = compile_fx(graph, inputs, inner_compile=donating_nothing)
+    return compiled  # type: ignore[no-any-return]
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What Dynamo, AOTAutograd and Inductor raise when they can't compile."""
+    from torch._dynamo import exc
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
+
+
+def triton_is_usable() -> bool:
+    """Whether Triton is installed and knows this machine's devices."""
+    from torch.utils._triton import has_triton
+    return has_triton()

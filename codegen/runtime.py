@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
-from autopar.codegen.executable import Executable, seed_of
+from autopar.codegen.executable import Executable, seeds_of
 from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
 from autopar.core.errors import AutoparError
@@ -52,22 +52,22 @@ class Body(nn.Module):
 
     def forward(self, executable: Executable, given: dict[fx.Node, Tensor], seed: tuple[int, int],
                 device: torch.device) -> dict[fx.Node, Tensor]:
+        seeds = seeds_of(*seed, len(executable.calls), device)
+
         def everything(held: dict[str, Tensor]) -> tuple[Any, ...]:
-            return (executable.run(given, seed_of(*seed, 0, device), self._caller(executable, held)),)
+            return (executable.run(given, self._caller(executable, held, seeds)),)
 
         return nested(tuple(self.shared), everything, {}, ())[0]  # type: ignore[arg-type,return-value]
 
-    def _caller(self, executable: Executable, shared: dict[str, Tensor]) -> Any:
-        sources = executable.decision.context.segmented.factored.program.sources
-
-        def call(i: int, values: dict[fx.Node, Tensor], seed: Tensor) -> tuple[Tensor, ...]:
+    def _caller(self, executable: Executable, shared: dict[str, Tensor], seeds: tuple[Tensor, ...]) -> Any:
+        def call(i: int, values: dict[fx.Node, Tensor]) -> tuple[Tensor, ...]:
             each = executable.calls[i]
-            names = [sources[n.name].name if n not in values else "" for n in each.segment.externals]
-            inputs = tuple(values[n] for n in each.segment.externals if n in values)
+            named = tuple(zip(each.segment.externals, each.parameters, strict=True))
+            inputs = tuple(values[n] for n, name in named if not name)
 
             def run(held: dict[str, Tensor], *passed: Tensor) -> tuple[Tensor, ...]:
                 rest = iter(passed)
-                return each.lowered.module(*(held[name] if name else next(rest) for name in names), seed + i)  # type: ignore[no-any-return]
+                return each.run(*(held[name] if name else next(rest) for name in each.parameters), seeds[i])
 
             return nested(self.by_segment.get(each.segment.name, ()), run, shared, inputs)
 

@@ -167,12 +167,11 @@ def rank_of(communicator: Communicator) -> int:
 
 def run(executable: Executable, values: dict[fx.Node, Tensor], seed: int) -> list[Tensor]:
     """The outputs of an executable whose parameters are as they are used, no FSDP2 around."""
-    def call(i: int, known: dict[fx.Node, Tensor], seed: Tensor) -> tuple[Tensor, ...]:
+    def call(i: int, known: dict[fx.Node, Tensor]) -> tuple[Tensor, ...]:
         each = executable.calls[i]
-        made: tuple[Tensor, ...] = each.lowered.module(*(known[n] for n in each.segment.externals), seed + i)
-        return made
+        return each.run(*(known[n] for n in each.segment.externals), torch.tensor(seed + i))
 
-    results = executable.run(values, torch.tensor(seed), call)
+    results = executable.run(values, call)
     return [results[n] for n in executable.outputs]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autopar.api import arguments
-from autopar.codegen.executable import Executable, batch_spec, build, offline, seed_of
+from autopar.codegen.executable import Executable, batch_spec, build, offline, seeds_of
 from autopar.codegen.lower import Target
 from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh
@@ -114,5 +114,6 @@ def test_offline_groups_cover_every_set_of_axes() -> None:
 
 def test_batch_spec_and_seeds() -> None:
     assert [str(batch_spec(3, Mesh((2, 2)))), str(batch_spec(1, Mesh((4,))))] == ["S01RR", "S0"]
-    seeds = [int(seed_of(base, step, 0, CPU)) + i for base in (0, 1, 7) for step in range(50) for i in range(100)]
-    assert len(set(seeds)) == len(seeds)
+    seeds = [seed for base in (0, 1, 7) for step in range(50) for seed in seeds_of(base, step, 100, CPU)]
+    assert len({int(seed) for seed in seeds}) == len(seeds)
+    assert all(seed.data_ptr() % 16 == 0 for seed in seeds)
