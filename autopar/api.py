@@ -20,13 +20,13 @@ from autopar.hush import hushed
 from autopar.passes.blame import check_call
 from autopar.passes.capture import COMPUTE_DTYPE, Precision, capture
 from autopar.passes.costs import OPTIMIZERS
+from autopar.passes.decision import Context
 from autopar.passes.lookups import checked
 from autopar.passes.modes import MODES
 from autopar.plain import check_material, check_plain
 from autopar.plan import Plan
-from autopar.plan_cache import solve_or_recall
 from autopar.planner import Request, check_shapes, prepare
-from autopar.programs import Call, LossFn, Order, compiled
+from autopar.programs import Call, LossFn, Order, candidates, compiled, solve_best
 from autopar.ranks import together
 from autopar.solver.model import SOLVERS
 
@@ -53,9 +53,13 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
                        solver=solver, pins=pins)
     call = _call(model, inputs, loss_fn)
     place = _place(cluster, request)
-    with hushed():
-        program = capture(model, call, precision, loss_fn)
-    return solve_or_recall(checked(prepare(program)), place, request)
+
+    def annotated(given: Call) -> Context:
+        with hushed():
+            program = capture(model, given, precision, loss_fn)
+        return checked(prepare(program))
+
+    return solve_best(candidates(call, place, annotated), place, request)
 
 
 def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs = None,

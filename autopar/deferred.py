@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar.codegen.batches import all_equal, digest
+from autopar.codegen.offers import Offer, digest
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
@@ -39,12 +38,16 @@ class DeferredModule(nn.Module):
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
         leaves = pytree.tree_leaves((args, kwargs))
-        whole = self._order.batch == "global" or (self._order.batch is None and all_equal(digest(leaves)))
-        world = 1 if whole else dist.get_world_size()
-        shapes = [list(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-        if not all_equal(digest([shapes])):
-            raise AutoparError(f"the ranks' inputs have different shapes, here {shapes}; pass batches of one shape")
-        call = pytree.tree_map_only(Tensor, lambda t: _grown(t, world), (args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+        rows = tensors[0].shape[0] if tensors else 0
+        rest = [(x.shape[0] == rows, *x.shape[1:]) for x in tensors]
+        offers = Offer(1, int(self.training), rows, digest([rest, len(leaves)]), digest(leaves)).told()
+        if len({(offer.training, offer.rest) for offer in offers}) > 1:
+            raise AutoparError(f"the ranks' inputs have different shapes, here {[list(x.shape) for x in tensors]}; "
+                               "pass batches of one shape")
+        whole = self._order.batch == "global" or (self._order.batch is None and len(set(offers)) == 1)
+        grown = rows if whole else max(offer.rows for offer in offers) * len(offers)
+        call = pytree.tree_map_only(Tensor, lambda x: _grown(x, rows, grown), (args, kwargs))
         made = compiled(self._plain[0].train(self.training), call, self._order)
         made.adopt(self._waiting)
         return made
@@ -87,7 +90,7 @@ class DeferredModule(nn.Module):
         return self._current().load_state_dict(*args, **kwargs)
 
 
-def _grown(tensor: Tensor, world: int) -> Tensor:
-    if not tensor.ndim:
-        return tensor
-    return torch.empty((tensor.shape[0] * world, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+def _grown(tensor: Tensor, rows: int, grown: int) -> Tensor:
+    """`tensor` on meta, with as many samples as `grown` where it has `rows`."""
+    shape = (grown, *tensor.shape[1:]) if tensor.ndim and tensor.shape[0] == rows else tensor.shape
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")

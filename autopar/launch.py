@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import tempfile
 import time
@@ -49,6 +50,7 @@ def init(rank: int | None = None, world_size: int | None = None, host: str | Non
     that don't make a group, and when nccl is asked for without a GPU.
     """
     if dist.is_initialized():
+        logging.getLogger("autopar").addFilter(speaks_once)
         return
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend not in _BACKENDS:
@@ -72,9 +74,15 @@ def init(rank: int | None = None, world_size: int | None = None, host: str | Non
                            "that the port is free and that no rank is given twice") from error
 
 
+def speaks_once(record: logging.LogRecord) -> bool:
+    """Whether a rank says this: rank 0 says everything, the others errors alone, which are their own."""
+    return record.levelno >= logging.ERROR or not dist.is_initialized() or dist.get_rank() == 0
+
+
 def _join(backend: str, launch: Launch | None, store: str) -> None:
     rank, size = (launch.rank, launch.world_size) if launch else (0, 1)
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
+    logging.getLogger("autopar").addFilter(speaks_once)
 
 
 def _store(launch: Launch | None, given: Launch | None) -> str:

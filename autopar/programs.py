@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from autopar import launch
-from autopar.codegen.batches import Batches, BatchKind, all_equal
+from autopar.codegen.batches import Batches, BatchKind, Plans
 from autopar.codegen.calls import form_of
-from autopar.codegen.communicator import Communicator, connect
+from autopar.codegen.communicator import Axes, Communicator, connect
 from autopar.codegen.compiled import COMPILERS, Compiler
+from autopar.codegen.control import all_equal
 from autopar.codegen.executable import Executable, batch_spec, build
 from autopar.codegen.lower import Target
+from autopar.codegen.offers import batched
 from autopar.codegen.parameters import device_mesh
 from autopar.codegen.runtime import ParallelModule, Site
 from autopar.core.cluster import Cluster
@@ -25,13 +28,14 @@ from autopar.core.errors import AutoparError, CaptureError
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
 from autopar.hush import hushed
+from autopar.passes.additive import additive
 from autopar.passes.blame import blame
 from autopar.passes.capture import Precision, capture, meta_twin
-from autopar.passes.decision import Context, Decision
+from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
 from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
-from autopar.planner import Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
+from autopar.planner import Report, Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
 from autopar.ranks import on_rank_zero, together
 
 log = logging.getLogger("autopar")
@@ -56,16 +60,23 @@ class Order:
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     """Capture on every rank, plan on rank 0, lower and shard on every rank. Raises AutoparError on all of them."""
     programs = together(lambda: Programs(_twin(model), call, order))
-    training = model.training
-    ctx = programs.context(training)
-    made = programs.planned(ctx)
+    made, ctx = programs.first(model.training)
     mesh = Mesh(made.mesh)
     site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device())
-    programs.settle(training, decision_of(made, ctx), site.communicator)
-    batches = Batches(programs.executable, order.batch, dist.get_world_size(), form_of(model, order.loss_fn))
-    module = ParallelModule(model, programs.decision(training), site, batches)
+    decision = decision_of(made, ctx)
+    programs.settle(decision, site.communicator)
+    plans = Plans(programs.executable, ctx.segmented.factored.program, mesh, _ways(decision, order.batch),
+                  additive(ctx), form_of(model, order.loss_fn))
+    module = ParallelModule(model, decision, site, Batches(plans))
     module.plan = made
     return module
+
+
+def _ways(decision: Decision, kind: BatchKind | None) -> tuple[Axes, ...]:
+    """Along which axes ranks may bring different samples: none, those that cut the batch, all."""
+    every = tuple(decision.mesh.axes)
+    parts = (batch_axes(decision), every)
+    return {"global": ((),), "local": tuple(dict.fromkeys(parts)), None: tuple(dict.fromkeys(((), *parts)))}[kind]
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -76,67 +87,118 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 class Programs:
-    """The programs of one model, by training mode: captured, decided and lowered when first needed."""
+    """The programs of one model, by training mode and shapes: captured, decided and lowered when first needed."""
 
     def __init__(self, twin: nn.Module, call: Call, order: Order) -> None:
         self._twin, self._call, self._order = twin, call, order
-        self._decisions: dict[bool, Decision] = {}
+        self._first: list[Decision] = []
+        self._decisions: dict[tuple[bool, tuple[Any, ...]], Decision] = {}
         self._communicator: Communicator | None = None
 
-    def context(self, training: bool) -> Context:
+    def first(self, training: bool) -> tuple[Plan, Context]:
+        """Rank 0's plan, and the program it is for: of the call, or of one with samples added where that is better.
+
+        Raises AutoparError on all ranks when it can't be made, or ranks have different models.
+        """
+        order = self._order
+        programs = candidates(self._call, order.cluster, lambda call: self._context(training, call))
+        asked = next(iter(programs))
+        if not all_equal(int(asked, 16)):
+            raise AutoparError("the ranks captured different programs; build the same model with the same inputs on "
+                               "all")
+
+        def make() -> str:
+            found = order.plan or solve_best(programs, order.cluster, order.request, log.info)
+            return json.dumps(found.to_json())
+
+        found = Plan.from_json(json.loads(on_rank_zero(make)))
+        chosen, self._call = programs.get(found.program_key, programs[asked])
+        together(lambda: check_fits(found, chosen, order))
+        return found, chosen
+
+    def settle(self, decision: Decision, communicator: Communicator) -> None:
+        """Take the decision that was made first; parameters rest as it has them."""
+        self._first, self._communicator = [decision], communicator
+        training = decision.context.segmented.factored.program.training
+        self._decisions[training, _shapes(self._call)] = decision
+
+    def _context(self, training: bool, call: Call) -> Context:
         """The annotated program. Raises AutoparError on all ranks."""
         def annotated() -> Context:
             model = self._twin.train(training)
             with hushed():
-                program = capture(model, self._call, self._order.precision, self._order.loss_fn)
+                program = capture(model, call, self._order.precision, self._order.loss_fn)
             return checked(prepare(program))
         return together(annotated)
 
-    def planned(self, ctx: Context) -> Plan:
-        """Rank 0's plan. Raises AutoparError on all ranks when it can't be made, or ranks have different models."""
-        if not all_equal(int(program_key(ctx), 16)):
-            raise AutoparError("the ranks captured different programs; build the same model with the same inputs on "
-                               "all")
-        order = self._order
-
-        def make() -> str:
-            found = order.plan or solve_or_recall(ctx, order.cluster, order.request, log.info)
-            return json.dumps(found.to_json())
-
-        found = Plan.from_json(json.loads(on_rank_zero(make)))
-        together(lambda: check_fits(found, ctx, order))
-        return found
-
-    def settle(self, training: bool, decision: Decision, communicator: Communicator) -> None:
-        """Take the decision for the mode the model was compiled in."""
-        self._decisions[training], self._communicator = decision, communicator
-
-    def decision(self, training: bool) -> Decision:
-        """The decision for a mode; the second one leaves parameters as the first has them."""
-        if training not in self._decisions:
-            first = self._decisions[not training]
-            ctx = self.context(training)
+    def _decision(self, training: bool, call: Call) -> Decision:
+        """The decision for a mode and shapes; all but the first leave parameters as that one has them."""
+        key = training, _shapes(call)
+        if key not in self._decisions:
+            mesh, stored = self._first[0].mesh, evaluation_storage(self._first[0])
+            ctx = self._context(training, call)
 
             def make() -> str:
-                found = solve_pinned(ctx, self._order.cluster, self._order.request, first.mesh.shape,
-                                     evaluation_storage(first))
+                found = solve_pinned(ctx, self._order.cluster, self._order.request, mesh.shape, stored)
                 return json.dumps(found.assignments)
 
             assigned = tuple(tuple(a) for a in json.loads(on_rank_zero(make)))
-            stored = evaluation_storage(first)
             sources = ctx.segmented.factored.program.sources
             storage = {n: stored[sources[n.name].name] for n in ctx.parameters()}
-            self._decisions[training] = Decision(ctx, first.mesh, assigned, storage)
-        return self._decisions[training]
+            self._decisions[key] = Decision(ctx, mesh, assigned, storage)
+        return self._decisions[key]
 
-    def executable(self, training: bool, kind: BatchKind) -> Executable:
-        """The lowered program for a mode and for whole or local batches."""
-        decision = self.decision(training)
+    def executable(self, training: bool, call: Call, axes: Axes) -> Executable:
+        """The lowered program for a mode and a batch whose samples differ between ranks along `axes`."""
+        decision = self._decision(training, call)
         assert self._communicator is not None
         price = self._order.cluster.pricer(decision.mesh)
-        inputs = _input_specs(decision) if kind == "local" else {}
-        lowered = build(Target(decision, self._communicator, price, launch.device(), inputs))
+        lowered = build(Target(decision, self._communicator, price, launch.device(), input_specs(decision, axes)))
         return COMPILERS[self._order.compiler](lowered)
+
+
+def _shapes(call: Call) -> tuple[Any, ...]:
+    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(call))
+
+
+def candidates(call: Call, cluster: Cluster, annotate: Callable[[Call], Context]) -> dict[str, tuple[Context, Call]]:
+    """By key the program of a call, and where its samples don't divide over the devices one with more of them that
+    count for nothing, if there can be such."""
+    ctx, fuller = annotate(call), filled_up(call, cluster.size)
+    found = {program_key(ctx): (ctx, call)}
+    if fuller is not None and not additive(ctx).obstacle:
+        more = annotate(fuller)
+        found[program_key(more)] = (more, fuller)
+    return found
+
+
+def filled_up(call: Call, parts: int) -> Call | None:
+    """`call` on meta with as many samples as divide by `parts`, None where they do."""
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.ndim]
+    rows = tensors[0].shape[0] if tensors else 0
+    if rows % parts == 0:
+        return None
+
+    def grown(x: Tensor) -> Tensor:
+        shape = (-(-rows // parts) * parts, *x.shape[1:]) if x.ndim and x.shape[0] == rows else x.shape
+        return torch.empty(shape, dtype=x.dtype, device="meta")
+    full: Call = pytree.tree_map_only(Tensor, grown, call)
+    return full
+
+
+def solve_best(programs: Mapping[str, tuple[Context, Call]], cluster: Cluster, request: Request,
+               report: Report = lambda _: None) -> Plan:
+    """The fastest plan over `programs`, which do the same. Raises the first one's AutoparError when none has one."""
+    found: list[Plan] = []
+    refusals: list[AutoparError] = []
+    for ctx, _ in programs.values():
+        try:
+            found.append(solve_or_recall(ctx, cluster, request, report))
+        except AutoparError as refusal:
+            refusals.append(refusal)
+    if not found:
+        raise refusals[0]
+    return min(found, key=lambda plan: plan.step_time_s)
 
 
 def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
@@ -156,8 +218,9 @@ def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
                            f"{order.request.model}; the model or the shapes of its inputs differ: plan again")
 
 
-def _input_specs(decision: Decision) -> dict[fx.Node, Spec]:
-    """Every input cut along the batch over all ranks."""
-    factored = decision.context.segmented.factored
-    tensors = [n for n in factored.program.placeholders("input") if isinstance(n.meta.get("val"), Tensor)]
-    return {n: batch_spec(decision.context.rank(n), decision.mesh) for n in tensors if factored.flat(n)}
+def input_specs(decision: Decision, axes: Axes) -> dict[fx.Node, Spec]:
+    """Every input that has the samples, cut along them over `axes`."""
+    placeholders = decision.context.segmented.factored.program.placeholders("input")
+    samples = batched(placeholders)
+    cut = [n for n, shape in zip(placeholders, samples.shapes, strict=True) if samples.has(shape)]
+    return {n: batch_spec(decision.context.rank(n), axes) for n in cut} if axes else {}

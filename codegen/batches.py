@@ -1,152 +1,183 @@
-"""From a call's arguments to a program's inputs: which program, whose part of the batch, and back to its output."""
+"""From a call's arguments to a program's inputs: which program, whose part of the batch, how many rows to add."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar.codegen.calls import Form, arranged, check_leaf
 from autopar.codegen.executable import Executable
+from autopar.codegen.offers import UNKNOWN, Axes, Batched, Offer, Shape, axes_of_offers, batched, digest
 from autopar.core.errors import AutoparError
+from autopar.core.mesh import Mesh
+from autopar.passes.additive import Additive
+from autopar.passes.capture import Program
 
 BatchKind = Literal["global", "local"]
-Shapes = tuple[tuple[int, ...], ...]
-
-
-class NotKept:
-    """Stands for an output other than the loss, which is not kept; any use of it says so."""
-
-    def __init__(self, name: str) -> None:
-        object.__setattr__(self, "_name", name)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        kept = object.__getattribute__(self, "_name")
-        raise AutoparError(f"output {kept!r} is not kept (asked for .{name}): a compiled model returns its loss; for "
-                           "other outputs load model.state_dict() into the plain model")
-
-    def __getitem__(self, key: Any) -> Any:
-        kept = object.__getattribute__(self, "_name")
-        raise AutoparError(f"output {kept!r} is not kept (asked for [{key!r}]): a compiled model returns its loss; for "
-                           "other outputs load model.state_dict() into the plain model")
-
-    def __repr__(self) -> str:
-        return f"<output {object.__getattribute__(self, '_name')} not kept>"
+Shapes = tuple[Shape | None, ...]
+log = logging.getLogger("autopar")
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """One call: the executable, its inputs on the device, how to make the model's output of the values."""
+    """One call: the executable and its inputs on the device."""
 
     executable: Executable
     inputs: dict[fx.Node, Tensor]
-    output: Callable[[dict[fx.Node, Tensor]], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Plans:
+    """Where executables come from: `make(training, call, axes)` plans and lowers one; collective.
+
+    `program` is what was compiled, `ways` the axes along which ranks may bring different samples, all of the mesh last;
+    `adds` tells which of its inputs mark samples that count for nothing.
+    """
+
+    make: Callable[[bool, Any, Axes], Executable]
+    program: Program
+    mesh: Mesh
+    ways: tuple[Axes, ...]
+    adds: Additive
+    form: Form
 
 
 @dataclass(eq=False)
 class Batches:
-    """Finds the executable for a call. `make(training, kind)` lowers one; `kind` None lets shapes tell."""
+    """Finds the executable for a call and brings the call into its shapes."""
 
-    make: Callable[[bool, BatchKind], Executable]
-    kind: BatchKind | None
-    world: int
-    form: Form
-    known: dict[tuple[bool, BatchKind], Executable] = field(default_factory=dict)
-    checked: set[Shapes] = field(default_factory=set)
+    plans: Plans
+    known: dict[tuple[bool, Shapes, Axes], Executable] = field(default_factory=dict)
+    seen: set[Shapes] = field(default_factory=set)
+    sizes: dict[Any, set[int]] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+    settled: Axes | None = None
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, site: Any) -> Bound:
-        """The program for a call and its inputs. Raises AutoparError when the batch fits no rule."""
-        sample = self._executable(training, next(iter(self.known))[1] if self.known else self.kind or "global")
-        program = sample.decision.context.segmented.factored.program
+    def __post_init__(self) -> None:
+        planned = batched(self.plans.program.placeholders("input"))
+        self.sizes[planned.rest([_like(s) for s in planned.shapes])] = {planned.rows}
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, device: torch.device) -> Bound:
+        """The program for a call and its inputs. Raises AutoparError, on every rank, when the call fits none."""
+        program, plans = self.plans.program, self.plans
         placeholders = program.placeholders("input")
+        planned = batched(placeholders)
         try:
-            leaves = arranged(args, kwargs, program.in_spec, self.form)
-            check_leaves(leaves, placeholders)
+            leaves = arranged(args, kwargs, program.in_spec, plans.form)
+            check_leaves(leaves, placeholders, device)
+            check_rows(planned.rows_of(leaves), leaves)
         except AutoparError:
             with contextlib.suppress(AutoparError):  # what others bring: they must not wait for this rank
-                self._agree([], pytree.tree_leaves((args, kwargs)), [])
+                self._agreed(Offer(0, training, UNKNOWN, 0), planned, leaves=[])
             raise
-        kind = self._kind(leaves, placeholders)
-        executable = self._executable(training, kind)
+        offer = Offer(1, training, planned.rows_of(leaves), digest([planned.rest(leaves)]), self._data(leaves))
+        axes, offers = self._agreed(offer, planned, leaves)
+        rows = self._rows(planned, leaves, offers, axes)
+        shapes = tuple((rows, *shape[1:]) if planned.has(s) and shape else shape
+                       for s, shape in zip(planned.shapes, _shapes(leaves), strict=True))
+        executable = self._executable(training, leaves, shapes, axes)
+        part = rows // plans.mesh.extent(axes)
+        marks = {placeholders.index(n): mark for n, mark in plans.adds.marks.items()}
         nodes = executable.decision.context.segmented.factored.program.placeholders("input")
-        inputs = {n: leaf.to(site.device) for n, leaf in zip(nodes, leaves, strict=True) if isinstance(leaf, Tensor)}
-        inputs = {n: _cast(n, leaf) for n, leaf in inputs.items()}
-        return Bound(executable, inputs, lambda values: _output(executable, values))
+        full = [_filled(leaf, part, marks.get(i)) if planned.has(planned.shapes[i]) else leaf
+                for i, leaf in enumerate(leaves)]
+        return Bound(executable, {n: _cast(n, leaf.to(device)) for n, leaf in zip(nodes, full, strict=True)
+                                  if isinstance(leaf, Tensor)})
 
-    def _executable(self, training: bool, kind: BatchKind) -> Executable:
-        if (training, kind) not in self.known:
-            self.known[training, kind] = self.make(training, kind)
-        return self.known[training, kind]
-
-    def _kind(self, leaves: list[Any], placeholders: list[fx.Node]) -> BatchKind:
-        """Whether the call brings the whole batch or a part. Collective, so that ranks which differ are told."""
-        planned = [tuple(p.meta["val"].shape) if isinstance(p.meta.get("val"), Tensor) else None for p in placeholders]
-        found = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves]
-        even = all(not s or s[0] % self.world == 0 for s in planned)
-        local = [(s[0] // self.world, *s[1:]) if s else s for s in planned] if even else None
-        options: list[BatchKind] = ["global"] if found == planned and self.kind != "local" else []
-        options += ["local"] if found == local and self.kind != "global" else []
-        self._agree(options, leaves, found)
-        if options:
-            return options[0]
-        parts = f"{local} (its own part on each)" if even else f"parts, which {planned} can't be cut into evenly"
-        wanted = {"global": f"{planned}", "local": parts,
-                  None: f"{planned} (the whole batch on every rank) or {parts}"}[self.kind]
-        raise AutoparError(f"inputs of shapes {found} fit no rule of the plan, which takes {wanted}; pass such a "
-                           "batch, or compile again with inputs= of the new shapes")
-
-    def _agree(self, options: list[BatchKind], leaves: list[Any], found: list[Any]) -> None:
-        """Raises AutoparError when ranks bring whole and partial batches at once, or whole ones that differ.
-
-        Looked at in every call where the data is in host memory, else in the first of its shapes, as others that know
-        them don't: reading a GPU's memory would make it wait.
-        """
-        shapes = tuple(s for s in found if s is not None)
+    def _data(self, leaves: list[Any]) -> int:
+        """A digest of the data where it is needed and in host memory, or its shapes are new: reading a GPU's memory
+        would make it wait."""
+        new = _shapes(leaves) not in self.seen
+        self.seen.add(_shapes(leaves))
         on_host = all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor))
-        seen = shapes in self.checked or (self.checked and not options)
-        if self.world == 1 or (seen and not on_host):
-            return
-        self.checked.add(shapes)
-        if not all_equal({"global": 1, "local": 2}.get(options[0], 0) if options else 0):
-            raise AutoparError(f"ranks brought batches of different kinds, this one inputs of shapes {found}; pass the "
-                               "whole batch on every rank, or on each its own part")
-        if options[:1] == ["global"] and not all_equal(digest(leaves)):
-            raise AutoparError(f"every rank passed a batch of the global shapes {list(shapes)}, but their data "
-                               "differ; pass the same whole batch on all ranks, or each rank's own part of it")
+        whole = self.settled is None or len(self.settled) < len(self.plans.mesh.shape)
+        return digest(leaves) if self.plans.mesh.size > 1 and whole and (on_host or new) else UNKNOWN
+
+    def _agreed(self, offer: Offer, planned: Batched, leaves: list[Any]) -> tuple[Axes, list[Offer]]:
+        """Along which axes ranks bring different samples, and what all bring; collective, so that all are told."""
+        plans, offers = self.plans, offer.told()
+        try:
+            axes = axes_of_offers(offers, planned.rows, plans.ways, self.settled, plans.mesh)
+        except AutoparError as error:
+            raise AutoparError(f"{error}, this one inputs of shapes {list(_shapes(leaves))}; pass the same whole batch "
+                               "on every rank, or on each its own part") from None
+        self.settled = axes
+        return axes, offers
+
+    def _rows(self, planned: Batched, leaves: list[Any], offers: list[Offer], axes: Axes) -> int:
+        """The samples of the program to run: one that is known, with samples added where some may be, else a new one.
+        """
+        devices, obstacle = self.plans.mesh.size, self.plans.adds.obstacle
+        parts, brought = self.plans.mesh.extent(axes), [offer.rows for offer in offers]
+        most, known = max(brought) * parts, self.sizes.setdefault(planned.rest(leaves), set())
+        if obstacle and len(set(brought)) > 1:
+            raise AutoparError(f"ranks brought {brought} samples, and none can be added that count for nothing: "
+                               f"{obstacle}; bring as many on each, such as by drop_last=True")
+        rows = most if obstacle or most in known else min((r for r in known if r >= most and r % parts == 0),
+                                                          default=-(-most // devices) * devices)
+        if rows not in known:
+            self._tell(f"inputs of shapes {list(_shapes(leaves))} on a rank come for the first time: planning for a "
+                       f"batch of {rows} such samples, parameters as they lie")
+        if sum(brought) * parts != rows * devices:
+            self._tell(f"a batch of {sum(brought) * parts // devices} samples runs as one of {rows}, filled up with "
+                       "samples that count for nothing")
+        known.add(rows)
+        return rows
+
+    def _tell(self, text: str) -> None:
+        if text not in self.said:
+            log.warning(text)
+        self.said.add(text)
+
+    def _executable(self, training: bool, leaves: list[Any], shapes: Shapes, axes: Axes) -> Executable:
+        key = training, shapes, axes
+        if key not in self.known:
+            spec = self.plans.program.in_spec
+            whole = [leaf if shape is None else torch.empty(shape, dtype=leaf.dtype, device="meta")
+                     for leaf, shape in zip(leaves, shapes, strict=True)]
+            try:
+                self.known[key] = self.plans.make(training, pytree.tree_unflatten(whole, spec), axes)
+            except AutoparError as error:
+                planned = list(batched(self.plans.program.placeholders("input")).shapes)
+                raise AutoparError(f"inputs of shapes {list(_shapes(leaves))} can't be planned for beside {planned}, "
+                                   f"for which the model was compiled: {error}") from error
+        return self.known[key]
 
 
-def digest(leaves: list[Any]) -> int:
-    """A number that tells different data apart."""
-    found = hashlib.sha256()
-    for leaf in leaves:
-        found.update(_raw(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
-    return int.from_bytes(found.digest()[:7], "big")
+def _shapes(leaves: list[Any]) -> Shapes:
+    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves)
 
 
-def _raw(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+def _like(shape: Shape | None) -> Tensor | None:
+    return None if shape is None else torch.empty(shape, device="meta")
 
 
-def all_equal(number: int) -> bool:
-    """Whether all ranks have the same number; collective."""
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    bounds = torch.tensor([number, -number], dtype=torch.int64, device=device)
-    dist.all_reduce(bounds, dist.ReduceOp.MAX)
-    return bool(bounds[0] == -bounds[1])
+def _filled(leaf: Any, rows: int, mark: int | None) -> Any:
+    """A tensor of `rows` samples: those of `leaf`, then copies of them, or where there is a mark that."""
+    if not isinstance(leaf, Tensor) or leaf.shape[0] == rows:
+        return leaf
+    more = rows - leaf.shape[0]
+    if mark is not None:
+        return torch.cat([leaf, leaf.new_full((more, *leaf.shape[1:]), mark)])
+    return leaf[torch.arange(rows, device=leaf.device) % leaf.shape[0]]
 
 
-def check_leaves(leaves: list[Any], placeholders: list[fx.Node]) -> None:
-    """Raises AutoparError unless there is a leaf of its kind for each placeholder."""
+def check_rows(rows: int, leaves: list[Any]) -> None:
+    """Raises AutoparError unless all inputs have one number of samples, at least one."""
+    if rows < 1:
+        found = "inputs of different numbers of samples" if rows == UNKNOWN else "a batch of 0 samples"
+        raise AutoparError(f"the call has {found}, of shapes {list(_shapes(leaves))}; give as many samples in each")
+
+
+def check_leaves(leaves: list[Any], placeholders: list[fx.Node], device: torch.device) -> None:
+    """Raises AutoparError unless there is a leaf of its kind for each placeholder, where this rank can read it."""
     if len(leaves) != len(placeholders):
         raise AutoparError(f"the call has {len(leaves)} inputs, the plan was made for {len(placeholders)}: "
                            f"{[p.name for p in placeholders]}; pass the same as when it was made")
@@ -157,29 +188,11 @@ def check_leaves(leaves: list[Any], placeholders: list[fx.Node]) -> None:
                            f"{', '.join(p.name for p in placeholders)}; pass the same as when it was made")
     for node, leaf in zip(placeholders, leaves, strict=True):
         check_leaf(node, leaf)
+        if isinstance(leaf, Tensor) and leaf.device not in (device, torch.device("cpu")):
+            raise AutoparError(f"input {node.name} is on {leaf.device}, this rank runs on {device}; pass tensors on "
+                               f"{device}, or on the CPU, from where they are copied")
 
 
 def _cast(node: fx.Node, leaf: Tensor) -> Tensor:
     wanted: torch.dtype = node.meta["val"].dtype
     return leaf.to(wanted)
-
-
-def _output(executable: Executable, values: dict[fx.Node, Tensor]) -> Any:
-    program = executable.decision.context.segmented.factored.program
-    base = executable.decision.context.segmented.factored.base
-    names = _names(program.out_spec)
-    flat = [values[base(o)[0]] if isinstance(o, fx.Node) else NotKept(name)
-            for o, name in zip(program.outputs, names, strict=True)]
-    return pytree.tree_unflatten(flat, program.out_spec)
-
-
-def _names(spec: pytree.TreeSpec) -> list[str]:
-    """A name for each flat output."""
-    keys = spec.context if isinstance(spec.context, list) else None
-    if spec.is_leaf():
-        return ["output"]
-    children = spec.children()
-    named = keys is not None and len(keys) == len(children)
-    labels = [str(k) for k in keys or ()] if named else [f"output[{i}]" for i in range(len(children))]
-    return [label if child.is_leaf() else f"{label}.{name}" for label, child in zip(labels, children, strict=True)
-            for name in _names(child)]

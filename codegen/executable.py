@@ -131,9 +131,9 @@ def _freed(calls: tuple[Call, ...]) -> tuple[tuple[fx.Node, ...], ...]:
     return tuple(tuple(n for n, i in last.items() if i == place) for place in range(len(calls)))
 
 
-def batch_spec(rank: int, mesh: Mesh) -> Spec:
-    """An input of which every rank brings its own part of the batch."""
-    return Spec((tuple(mesh.axes), *((),) * (rank - 1)))
+def batch_spec(rank: int, axes: tuple[int, ...]) -> Spec:
+    """An input whose samples are cut over `axes`."""
+    return Spec((axes, *((),) * (rank - 1)))
 
 
 def seeds_of(base: int, step: int, segments: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
 from autopar.codegen.executable import Executable, seeds_of
 from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
+from autopar.codegen.outputs import output_of
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
 from autopar.core.errors import AutoparError
 from autopar.passes.capture import COMPUTE_DTYPE
@@ -101,14 +102,14 @@ class ParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain model's forward; the loss is the mean over the global batch on every rank."""
-        bound = self._batches.bind(args, kwargs, self.training, self._site)
+        bound = self._batches.bind(args, kwargs, self.training, self._site.device)
         given = self._given(bound)
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             values = self._body(bound.executable, given, (self._seed, self._steps), self._site.device)
         if not (self.training and torch.is_grad_enabled()):
             self._reshard()
         self._steps += self.training
-        return bound.output(values)
+        return output_of(bound.executable.decision, values)
 
     def _reshard(self) -> None:
         """Let go of what FSDP2 keeps gathered for a backward that will not come."""

@@ -104,3 +104,16 @@ class Decision:
         ops = self.context.segmented.ops
         return {r.node: self.context.emitted(op, r, a) for op, a in zip(ops, self.assignments, strict=True)
                 for r in op.results}
+
+
+def batch_axes(decision: Decision) -> tuple[int, ...]:
+    """The axes over which some op that reads an input cuts the samples: ranks that differ along no other need the same
+    ones."""
+    factored = decision.context.segmented.factored
+    inputs = set(factored.program.placeholders("input"))
+    found: set[int] = set()
+    for op, assignment in zip(decision.context.segmented.ops, decision.assignments, strict=True):
+        if any(factored.base(operand.node)[0] in inputs for operand in op.operands):
+            samples = {f.key for f in op.factors if f.role == "batch"}
+            found.update(axis for axis, key in enumerate(assignment) if key in samples)
+    return tuple(sorted(found))

@@ -84,7 +84,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no samples": ({"inputs": (X[:0], Y[:0])}, "a batch of 0 samples"), "few": ({"inputs": (X,)}, "argument: 'x'"),
     "columns": ({"inputs": (X[:, :3], Y)}, "can't be exported at "),
     "numbers": ({"inputs": (3, 4)}, "can't be exported"),
-    "batch of 3": ({"inputs": (X[:3], Y[:3]), "mode": "ddp"}, "the batch of 3 does not divide over 2"),
+    "batch of 3": ({"inputs": (X[:3], X[:3, :4]), "loss_fn": F.mse_loss, "mode": "ddp"},
+                   "the batch of 3 does not divide over 2"),
 }
 COMPILED_ONLY: dict[str, tuple[dict[str, Any], str]] = {
     "meta": ({"model": on_meta}, "on meta, without values: up.weight and 3 more"),
@@ -195,7 +196,7 @@ def miscalled(rank: int, world_size: int) -> list[tuple[str, str]]:
     calls: list[Any] = [
         lambda: model(X), lambda: model(x=X), lambda: model(X, Y, target=Y), lambda: model(X, Y, 2.0),
         lambda: model(X, Y, other=3), lambda: model(X.long(), Y), lambda: model(X, Y.float()),
-        lambda: model(X, "labels"), lambda: model(X[:3], Y[:3]), lambda: model(X[:, :3], Y), lambda: model([X], Y),
+        lambda: model(X, "labels"), lambda: model(X[:3], Y), lambda: model(X[:, :3], Y), lambda: model([X], Y),
         lambda: model(X) if rank == 0 else model(X, Y),
     ]
     found = [refused(call) for call in calls]

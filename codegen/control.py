@@ -1,0 +1,36 @@
+"""What ranks tell each other in small numbers on the CPU, beside the collectives of the program.
+
+Under NCCL the group is one of gloo's: no rank waits for its GPU to talk, and one that is gone is noticed at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+_made: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
+"""The default group and its control group, none or one pair."""
+
+
+def control() -> dist.ProcessGroup:
+    """The group for small talk; collective when it is made, at the first use."""
+    world = dist.group.WORLD
+    assert world is not None, "no process group"
+    if not (_made and _made[0][0] is world):
+        _made[:] = [(world, world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))]
+    return _made[0][1]
+
+
+def exchanged(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Every rank's `numbers`, as many on each, by rank; collective."""
+    if dist.get_world_size() == 1:
+        return [numbers]
+    mine = torch.tensor(numbers, dtype=torch.int64)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine, group=control())
+    return [tuple(each.tolist()) for each in found]
+
+
+def all_equal(number: int) -> bool:
+    """Whether all ranks have the same number; collective."""
+    return len(set(exchanged((number,)))) == 1

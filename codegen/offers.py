@@ -1,0 +1,136 @@
+"""What each rank brings to a call, and what all together make of it.
+
+A batch comes whole on every rank, or in parts: along some axes of the mesh ranks bring different samples, along the
+others the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autopar.codegen.control import exchanged
+from autopar.core.errors import AutoparError
+from autopar.core.mesh import Mesh
+
+Axes = tuple[int, ...]
+Shape = tuple[int, ...]
+UNKNOWN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One rank's call: whether it fits what was traced and trains, its samples, the rest of its shapes, its data.
+
+    `rest` and `data` are digests, `data` UNKNOWN where it was not read.
+    """
+
+    fits: int
+    training: int
+    rows: int
+    rest: int
+    data: int = UNKNOWN
+
+    def told(self) -> list[Offer]:
+        """Every rank's offer, by rank; collective."""
+        return [Offer(*each) for each in exchanged((self.fits, self.training, self.rows, self.rest, self.data))]
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """Which of a program's inputs have the samples in their first dim, and how many; `shapes` None: no tensor."""
+
+    shapes: tuple[Shape | None, ...]
+    rows: int
+
+    def rest(self, leaves: list[Any]) -> tuple[Any, ...]:
+        """The shapes of a call but for the number of samples."""
+        return tuple(_rest(leaf, planned, self.rows) for leaf, planned in zip(leaves, self.shapes, strict=True))
+
+    def rows_of(self, leaves: list[Any]) -> int:
+        """The number of samples of a call, UNKNOWN where its inputs don't agree."""
+        found = {leaf.shape[0] for leaf, planned in zip(leaves, self.shapes, strict=True)
+                 if isinstance(leaf, Tensor) and leaf.ndim and self.has(planned)}
+        return found.pop() if len(found) == 1 else UNKNOWN
+
+    def has(self, planned: Shape | None) -> bool:
+        """Whether an input of that shape has the samples."""
+        return bool(planned) and planned[0] == self.rows  # type: ignore[index]
+
+
+def batched(placeholders: list[fx.Node]) -> Batched:
+    """The samples of a program: the first dim of its first input, and of all that are as long."""
+    values = [p.meta.get("val") for p in placeholders]
+    shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else None for v in values)
+    return Batched(shapes, next((s[0] for s in shapes if s), 1))
+
+
+def _rest(leaf: Any, planned: Shape | None, rows: int) -> Any:
+    if not isinstance(leaf, Tensor):
+        return None
+    has = bool(planned) and planned[0] == rows and leaf.ndim  # type: ignore[index]
+    return (has, *leaf.shape[1:]) if has else tuple(leaf.shape)
+
+
+def axes_of_offers(offers: list[Offer], rows: int, ways: tuple[Axes, ...], settled: Axes | None, mesh: Mesh) -> Axes:
+    """Along which of the `ways` ranks bring different samples, for a program of `rows` samples.
+
+    Shapes tell, else what was `settled` before, else whether the data are the same. Raises AutoparError on all ranks
+    alike when their batches don't go together.
+    """
+    if len({(offer.fits, offer.training, offer.rest) for offer in offers}) > 1 or offers[0].rows == UNKNOWN:
+        raise AutoparError("ranks brought batches of different kinds")
+    chosen = _chosen(offers, rows, ways, settled, mesh)
+    _check_same(offers, chosen, mesh)
+    return chosen
+
+
+def _chosen(offers: list[Offer], rows: int, ways: tuple[Axes, ...], settled: Axes | None, mesh: Mesh) -> Axes:
+    fitting = [axes for axes in ways if all(offer.rows * mesh.extent(axes) == rows for offer in offers)]
+    alike = [axes for axes in ways if _alike(offers, axes, mesh)]
+    if settled is not None and (settled in fitting or not fitting or settled in alike):
+        return settled
+    return next(iter([*(axes for axes in fitting if axes in alike), *fitting, *alike, ways[-1]]))
+
+
+def _groups(offers: list[Offer], axes: Axes, mesh: Mesh) -> list[list[Offer]]:
+    """The offers of ranks that bring the same samples."""
+    found: dict[tuple[int, ...], list[Offer]] = {}
+    for rank, offer in enumerate(offers):
+        place = mesh.coordinate(rank)
+        found.setdefault(tuple(place[axis] for axis in axes), []).append(offer)
+    return list(found.values())
+
+
+def _alike(offers: list[Offer], axes: Axes, mesh: Mesh) -> bool:
+    """Whether the data of ranks that would bring the same are the same, as far as they are known."""
+    groups = _groups(offers, axes, mesh)
+    return all(len(set(group)) == 1 and (len(group) == 1 or group[0].data != UNKNOWN) for group in groups)
+
+
+def _check_same(offers: list[Offer], axes: Axes, mesh: Mesh) -> None:
+    for group in _groups(offers, axes, mesh):
+        if len({offer.rows for offer in group}) > 1:
+            raise AutoparError("ranks brought batches of different kinds")
+        known = UNKNOWN not in {offer.data for offer in group}
+        if known and len({offer.data for offer in group}) > 1:
+            which = "every rank passed a batch of the global shapes" if not axes else (
+                "ranks that need the same samples passed batches")
+            raise AutoparError(f"{which}, but their data differ")
+
+
+def digest(leaves: list[Any]) -> int:
+    """A number that tells different data apart."""
+    found = hashlib.sha256()
+    for leaf in leaves:
+        found.update(_raw(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+    return int.from_bytes(found.digest()[:7], "big")
+
+
+def _raw(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
