@@ -18,7 +18,7 @@ from autopar.core.errors import AutoparError
 from autopar.deferred import DeferredModule
 from autopar.hush import hushed
 from autopar.passes.blame import check_call
-from autopar.passes.capture import COMPUTE_DTYPE, Precision, capture
+from autopar.passes.capture import COMPUTE_DTYPE, Precision, Returns, capture
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.decision import Context
 from autopar.passes.lookups import checked
@@ -40,15 +40,17 @@ _WORDS: dict[str, Iterable[str]] = {"mode": MODES, "optimizer": OPTIMIZERS, "sol
 def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs, loss_fn: LossFn | None = None,
          mode: str = "auto", mesh: MeshLike | None = None, memory_budget: float | str | None = None,
          optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
-         pins: Mapping[str, str] | None = None) -> Plan:
+         returns: Returns = "loss", pins: Mapping[str, str] | None = None) -> Plan:
     """The best plan for training `model` on `cluster`, without running anything.
 
     `cluster` is a Cluster, the text of a preset or the path of a file; None is what this machine has. `inputs` are a
     tuple of positional or a dict of keyword arguments with the global batch's shapes. `mesh` is (4, 2) or "4x2";
     `memory_budget` is what a device may hold, bytes or "20GiB". `pins` fix ops to strategies, both as plans print them:
-    `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. A plan made before is read again. Raises AutoparError.
+    `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. `returns="all"` plans for outputs besides the loss. A plan made before is
+    read again. Raises AutoparError.
     """
     check_plain(model, loss_fn)
+    one_of("returns", returns, get_args(Returns))
     request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
                        solver=solver, pins=pins)
     call = _call(model, inputs, loss_fn)
@@ -56,7 +58,7 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
 
     def annotated(given: Call) -> Context:
         with hushed():
-            program = capture(model, given, precision, loss_fn)
+            program = capture(model, given, precision, loss_fn, returns)
         return checked(prepare(program))
 
     return solve_best(candidates(call, place, annotated), place, request)
@@ -66,16 +68,19 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             batch: BatchKind | None = None, loss_fn: LossFn | None = None, mode: str = "auto",
             mesh: MeshLike | None = None, plan: PlanLike | None = None, memory_budget: float | str | None = None,
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
-            pins: Mapping[str, str] | None = None, compiler: Compiler | None = None) -> nn.Module:
+            returns: Returns = "loss", pins: Mapping[str, str] | None = None,
+            compiler: Compiler | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
     call is traced. `batch="global"` means that every rank passes the whole batch, `"local"` each its own part; when
     omitted, shapes tell. `loss_fn(output, target)` makes a loss of a model that returns none: its target is the last
-    positional argument of a call. A `plan`, or the path of one that rank 0 can read, skips solving. `compiler` is
-    "inductor", which compiles each class of equal segments once, in the first step, or "eager", which runs them as they
-    are, for debugging; the default is "inductor" on GPUs that Triton knows and "eager" on CPUs, where Inductor takes a
-    minute for what eager code trains in. All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
+    positional argument of a call. `returns="all"` keeps outputs besides the loss, as DTensors that lie as the plan
+    leaves them; with a `loss_fn` the model then returns (loss, output). A `plan`, or the path of one that rank 0 can
+    read, skips solving. `compiler` is "inductor", which compiles each class of equal segments once, in the first step,
+    or "eager", which runs them as they are, for debugging; the default is "inductor" on GPUs that Triton knows and
+    "eager" on CPUs, where Inductor takes a minute for what eager code trains in. All else is as in `autopar.plan`.
+    Raises AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None]:
         if batch is not None:
@@ -86,6 +91,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         if plan is not None and decided:
             raise AutoparError(f"a plan is given, which decides all, and {', '.join(decided)}, which are for making "
                                "one; give one of them")
+        one_of("returns", returns, get_args(Returns))
         check_plain(model, loss_fn)
         check_material(model)
         return _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
@@ -97,7 +103,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             raise AutoparError(f"cluster {place.name} has {place.size} devices, {dist.get_world_size()} ranks are "
                                "running; start as many ranks as the cluster has devices, or name another cluster")
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
-        return Order(place, request, precision, loss_fn, read, batch, compiler_for(launch.device(), compiler))
+        return Order(place, request, precision, loss_fn, read, batch, returns,
+                     compiler_for(launch.device(), compiler))
 
     request, call = together(asked)  # by each rank alone where they have not met yet
     launch.init()

@@ -18,7 +18,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
 from autopar.core.sharding import Instance, Priced, Solution
-from autopar.passes.capture import Program, keep_loss
+from autopar.passes.capture import KEPT, Program
 from autopar.passes.constants import FoldConstants
 from autopar.passes.costs import Optimizer, optimizer_called
 from autopar.passes.decision import Context, Decision, context
@@ -79,7 +79,7 @@ class Request:
 
 def prepare(program: Program) -> Context:
     """Run every pass up to the sharding problem."""
-    folded = FoldConstants()(Normalize()(keep_loss(program)))
+    folded = FoldConstants()(Normalize()(KEPT[program.returns](program)))
     return context(annotate(folded))
 
 

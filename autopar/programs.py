@@ -30,7 +30,7 @@ from autopar.core.spec import Spec
 from autopar.hush import hushed
 from autopar.passes.additive import additive
 from autopar.passes.blame import blame
-from autopar.passes.capture import Precision, capture, meta_twin
+from autopar.passes.capture import Precision, Returns, capture, meta_twin
 from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
 from autopar.plan import Plan
@@ -54,6 +54,7 @@ class Order:
     loss_fn: LossFn | None
     plan: Plan | None
     batch: BatchKind | None
+    returns: Returns
     compiler: Compiler
 
 
@@ -127,7 +128,7 @@ class Programs:
         def annotated() -> Context:
             model = self._twin.train(training)
             with hushed():
-                program = capture(model, call, self._order.precision, self._order.loss_fn)
+                program = capture(model, call, self._order.precision, self._order.loss_fn, self._order.returns)
             return checked(prepare(program))
         return together(annotated)
 

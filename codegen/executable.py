@@ -39,9 +39,14 @@ class Call:
 class Executable:
     """The calls of a program in order. `freed[i]` are the values no call after i reads."""
 
-    decision: Decision
+    target: Target
     calls: tuple[Call, ...]
     freed: tuple[tuple[fx.Node, ...], ...]
+
+    @property
+    def decision(self) -> Decision:
+        """What it was lowered from."""
+        return self.target.decision
 
     def run(self, given: Values, call: Callable[[int, Values], tuple[Tensor, ...]]) -> Values:
         """The program's outputs; `given` are inputs, constants and buffers, `call(i, values)` runs segment i."""
@@ -53,13 +58,13 @@ class Executable:
             for node in self.freed[i]:
                 if node not in outputs:
                     values.pop(node, None)
-        return {node: values[node] for node in outputs}
+        return {node: values[node] for node in outputs if node in values}
 
     @property
     def outputs(self) -> list[fx.Node]:
-        """The values the program returns."""
+        """The values the program returns: those behind what is whole, and what is left as it lies."""
         factored = self.decision.context.segmented.factored
-        return [factored.base(o)[0] for o in factored.program.outputs if isinstance(o, fx.Node)]
+        return [*(factored.base(o)[0] for o in factored.program.whole_outputs()), *factored.program.lying_outputs()]
 
 
 def offline(mesh: Mesh) -> Communicator:
@@ -83,7 +88,7 @@ def build(target: Target) -> Executable:
         if key not in cache:
             cache[key] = lower(segment, tuple(exports), target)
         calls.append(Call(segment, cache[key], tuple(exports), _parameters(segment, decision), cache[key].module))
-    return Executable(decision, tuple(calls), _freed(tuple(calls)))
+    return Executable(target, tuple(calls), _freed(tuple(calls)))
 
 
 def _parameters(segment: Segment, decision: Decision) -> tuple[str, ...]:
@@ -96,8 +101,9 @@ def _exported(decision: Decision) -> dict[str, dict[fx.Node, Any]]:
     segmented = decision.context.segmented
     factored, producer = segmented.factored, decision.context.producer
     owner = {i: segment for segment in segmented.segments for i in segment.ops}
-    outputs = [factored.base(o)[0] for o in factored.program.outputs if isinstance(o, fx.Node)]
-    read = [n for s in segmented.segments for n in s.externals if factored.base(n)[0] in producer]
+    outputs = [factored.base(o)[0] for o in factored.program.whole_outputs()]
+    left = [*(n for s in segmented.segments for n in s.externals), *factored.program.lying_outputs()]
+    read = [n for n in left if factored.base(n)[0] in producer]
     found: dict[str, list[tuple[Any, fx.Node]]] = {}
     for node in dict.fromkeys([*outputs, *read]):
         base = factored.base(node)[0]

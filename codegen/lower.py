@@ -92,9 +92,8 @@ class _Lowering:
         return arrived if arrived is not None else self.target.inputs.get(node, Spec(((),) * self.context.rank(node)))
 
     def _output(self, node: fx.Node) -> fx.Node:
-        """A value as its op makes it; the program's own outputs whole."""
-        outputs = self.factored.program.outputs
-        if any(isinstance(o, fx.Node) and self.factored.base(o)[0] is node for o in outputs):
+        """A value as its op makes it; those outputs of the program whole that are wanted so."""
+        if any(self.factored.base(o)[0] is node for o in self.factored.program.whole_outputs()):
             return self._value(node, Spec(((),) * self.context.rank(node)))
         return self._value(node, self.decision.sources[self.factored.base(node)[0]])
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils import _pytree as pytree
 
+from autopar.codegen.collectives import Reshard
+from autopar.codegen.executable import Executable
 from autopar.core.errors import AutoparError
-from autopar.passes.decision import Decision
+from autopar.core.reshard import cheapest_path
+from autopar.core.spec import Spec, State
+from autopar.passes.decision import cargo_of
+from autopar.passes.layout import local_factors, local_shape
 
 
 class NotKept:
@@ -35,13 +45,50 @@ def _not_kept(output: NotKept, asked: str) -> str:
             "returns=\"all\" to autopar.compile for its other outputs")
 
 
-def output_of(decision: Decision, values: dict[fx.Node, Tensor]) -> Any:
+def output_of(executable: Executable, values: dict[fx.Node, Tensor], mesh: DeviceMesh) -> Any:
     """What the model returns, of the values that its program returns."""
-    factored = decision.context.segmented.factored
+    factored = executable.decision.context.segmented.factored
     program = factored.program
-    flat = [values[factored.base(o)[0]] if isinstance(o, fx.Node) else NotKept(name)
-            for o, name in zip(program.outputs, _names(program.out_spec), strict=True)]
+
+    def found(place: int, output: Any, name: str) -> Any:
+        if not isinstance(output, fx.Node):
+            return NotKept(name) if program.returns == "loss" else output
+        if place not in program.lying:
+            return values[factored.base(output)[0]]
+        if output not in values:
+            return NotKept(name)
+        return as_it_lies(executable, output, values[output], mesh)
+
+    names = _names(program.out_spec)
+    flat = [found(i, o, name) for i, (o, name) in enumerate(zip(program.outputs, names, strict=True))]
     return pytree.tree_unflatten(flat, program.out_spec)
+
+
+def as_it_lies(executable: Executable, node: fx.Node, value: Tensor, mesh: DeviceMesh) -> DTensor:
+    """The DTensor of `node`, of which this rank has `value`: cut as its op leaves it where a DTensor can be.
+
+    A dim is cut over its outermost factor alone: over others its parts are not in one piece, so they are gathered.
+    """
+    target, factored = executable.target, executable.decision.context.segmented.factored
+    rank = executable.decision.context.rank(node)
+    spec = executable.decision.arrival(node) or target.inputs.get(node, Spec(((),) * rank))
+    starts = list(itertools.accumulate(map(len, factored.dims[node]), initial=0))
+    cut = Spec(tuple(axes if i in starts else () for i, axes in enumerate(spec.dims)), spec.partial)
+    path = cheapest_path(spec, cut, executable.decision.mesh, cargo_of(executable.decision.context, node), target.price)
+    assert math.isfinite(path.seconds), f"no way from {spec} to {cut} for {node}"
+    local = local_shape(factored, node, cut, executable.decision.mesh)
+    change = Reshard(path.steps, local_factors(factored, node, spec, executable.decision.mesh), local, value.dtype,
+                     target.communicator)
+    dims = {starts[d]: d for d, dim in enumerate(factored.dims[node]) if dim}
+    shape = torch.Size(node.meta["val"].shape)
+    return DTensor.from_local(change(value), mesh, [_placement(cut.state(axis), dims) for axis in range(mesh.ndim)],
+                              run_check=False, shape=shape, stride=torch.empty(shape, device="meta").stride())
+
+
+def _placement(state: State, dims: dict[int, int]) -> Placement:
+    if isinstance(state, int):
+        return Shard(dims[state])
+    return Partial() if state == "P" else Replicate()
 
 
 def _names(spec: pytree.TreeSpec) -> list[str]:

@@ -101,7 +101,8 @@ class ParallelModule(nn.Module):
             group.register_parameter(mangled(name), original)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The plain model's forward; the loss is the mean over the global batch on every rank."""
+        """The plain model's forward; the loss is the mean over the global batch on every rank, other outputs are
+        DTensors where they are kept."""
         bound = self._batches.bind(args, kwargs, self.training, self._site.device)
         given = self._given(bound)
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
@@ -109,7 +110,7 @@ class ParallelModule(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             self._reshard()
         self._steps += self.training
-        return output_of(bound.executable.decision, values)
+        return output_of(bound.executable, values, self._site.mesh)
 
     def _reshard(self) -> None:
         """Let go of what FSDP2 keeps gathered for a backward that will not come."""

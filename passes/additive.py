@@ -50,6 +50,8 @@ def additive(ctx: Context) -> Additive:
     factored = ctx.segmented.factored
     batch = frozenset(f for f, role in factor_roles(factored).items() if role == "batch")
     try:
+        if factored.program.lying:
+            raise _Obstacle("its outputs are kept, and they would be among them")
         losses = [op.main for op in ctx.segmented.ops if _reduces(op, ctx, batch)]
         if not losses:
             raise _Obstacle("no loss is a mean cross entropy over the samples")

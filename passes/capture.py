@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ COMPUTE_DTYPE: dict[str, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16,
 }
 Kind = Literal["parameter", "buffer", "input", "constant"]
+Returns = Literal["loss", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class Source:
 class Program:
     """A forward pass as a graph. `sources` describes each placeholder by node name, `constants` holds values.
 
-    `calls` are the arguments the program was captured with: (args, kwargs) on `meta`, the model's global batch.
+    Of the outputs, those at the places `lying` are left as they lie on the mesh; all others are made whole on every
+    rank.
     """
 
     graph: fx.Graph
@@ -49,6 +51,8 @@ class Program:
     precision: Precision
     training: bool
     notes: tuple[str, ...] = ()
+    returns: Returns = "loss"
+    lying: frozenset[int] = frozenset()
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`."""
@@ -64,6 +68,14 @@ class Program:
         """The flat outputs: nodes or plain values."""
         return list(next(iter(reversed(self.graph.nodes))).args[0])
 
+    def whole_outputs(self) -> list[fx.Node]:
+        """The outputs that every rank has whole."""
+        return [o for i, o in enumerate(self.outputs) if isinstance(o, fx.Node) and i not in self.lying]
+
+    def lying_outputs(self) -> list[fx.Node]:
+        """The outputs of which a rank has what it has made."""
+        return [o for i, o in enumerate(self.outputs) if isinstance(o, fx.Node) and i in self.lying]
+
 
 class WithLoss(nn.Module):
     """`model` followed by `loss_fn(output, target)`; the last positional input is the target."""
@@ -73,19 +85,30 @@ class WithLoss(nn.Module):
         self.model = model
         self.loss_fn = loss_fn
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         *inputs, target = args
         return self.loss_fn(self.model(*inputs, **kwargs), target)
 
 
+class WithLossBeside(WithLoss):
+    """The same, which returns the loss and the model's output."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        *inputs, target = args
+        output = self.model(*inputs, **kwargs)
+        return self.loss_fn(output, target), output
+
+
+WITH_LOSS: dict[Returns, type[WithLoss]] = {"loss": WithLoss, "all": WithLossBeside}
 LOSS_PREFIX = "model."
 
 
 def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], precision: Precision = "fp32",
-            loss_fn: Callable[[Any, Any], Tensor] | None = None) -> Program:
+            loss_fn: Callable[[Any, Any], Tensor] | None = None, returns: Returns = "loss") -> Program:
     """Trace `model(*args, **kwargs)` for `inputs = (args, kwargs)`, whose tensors have the global batch's shapes.
 
-    The model's own mode (train or eval) is the program's. Raises CaptureError naming the user's line.
+    The model's own mode (train or eval) is the program's; `returns` is what of its outputs will be kept. Raises
+    CaptureError naming the user's line.
     """
     if precision not in tuple(COMPUTE_DTYPE):
         raise AutoparError(f"precision {precision!r} is not one of {', '.join(COMPUTE_DTYPE)}")
@@ -93,12 +116,12 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
     args, kwargs = pytree.tree_map_only(Tensor, _meta(COMPUTE_DTYPE[precision]), inputs)
     try:
         twin = without_caches(meta_twin(model, COMPUTE_DTYPE[precision]))
-        module = twin if loss_fn is None else WithLoss(twin, loss_fn).train(model.training)
+        module = twin if loss_fn is None else WITH_LOSS[returns](twin, loss_fn).train(model.training)
         exported = _exported(module, args, kwargs)
     except Exception as error:
         raise CaptureError(blame(error, model)) from error
     check_static(exported.graph_module.graph, model)
-    return _named(exported, module, precision, LOSS_PREFIX if loss_fn is not None else "")
+    return replace(_named(exported, module, precision, LOSS_PREFIX if loss_fn is not None else ""), returns=returns)
 
 
 def meta_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -171,6 +194,23 @@ def keep_loss(program: Program) -> Program:
 
     Raises AutoparError when the model makes no scalar.
     """
+    loss = _loss(program)
+    output = next(iter(reversed(program.graph.nodes)))
+    output.args = (tuple(o if o is loss else None for o in program.outputs),)
+    return program
+
+
+def keep_all(program: Program) -> Program:
+    """Keep the loss whole, and of all other tensors among the outputs what each rank makes. Raises as `keep_loss`."""
+    loss = _loss(program)
+    others = (i for i, o in enumerate(program.outputs) if isinstance(o, fx.Node) and o is not loss)
+    return replace(program, lying=frozenset(others))
+
+
+KEPT: dict[Returns, Callable[[Program], Program]] = {"loss": keep_loss, "all": keep_all}
+
+
+def _loss(program: Program) -> fx.Node:
     outputs = program.outputs
     tensors = [o for o in outputs if isinstance(o, fx.Node) and isinstance(o.meta["val"], Tensor)]
     scalars = [o for o in tensors if o.meta["val"].ndim == 0 and o.meta["val"].is_floating_point()]
@@ -182,9 +222,7 @@ def keep_loss(program: Program) -> Program:
     if not _depends_on_a_tensor(scalars[0], program):
         raise AutoparError(f"the loss, output {scalars[0].name}, depends on no parameter and no input, so there is "
                            "nothing to train; return a loss that is computed of them")
-    output = next(iter(reversed(program.graph.nodes)))
-    output.args = (tuple(o if o is scalars[0] else None for o in outputs),)
-    return program
+    return scalars[0]
 
 
 def _real(tensor: Tensor, name: str) -> Tensor:

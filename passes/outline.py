@@ -168,7 +168,7 @@ class _Tracer:
     def _outputs(self, segment: Segment) -> list[fx.Node]:
         factored = self.context.segmented.factored
         made = {r.node for i in segment.ops for r in self.context.segmented.ops[i].results}
-        bases = [factored.base(o)[0] for o in factored.program.outputs if isinstance(o, fx.Node)]
+        bases = [factored.base(o)[0] for o in factored.program.whole_outputs()]
         return [base for base in dict.fromkeys(bases) if base in made]
 
     def _arrival(self, port: fx.Node, readers: tuple[Reader, ...]) -> Arrival:
