@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DistributedSampler
 
 from autopar.codegen.offers import Offer, digest
 from autopar.codegen.parameters import whole_everywhere
@@ -51,6 +52,16 @@ class DeferredModule(nn.Module):
         made = compiled(self._plain[0].train(self.training), call, self._order)
         made.adopt(self._waiting)
         return made
+
+    def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0,
+                drop_last: bool = False) -> DistributedSampler[Any]:
+        """torch's distributed sampler: as the plan wants once there is one, until then different samples on each rank.
+
+        A loader's batch size is the global one over the sampler's `num_replicas`.
+        """
+        if self._made:
+            return self._made[0].sampler(dataset, shuffle, seed, drop_last)
+        return DistributedSampler(dataset, shuffle=shuffle, seed=seed, drop_last=drop_last)
 
     def __getattr__(self, name: str) -> Any:
         try:

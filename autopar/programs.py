@@ -66,8 +66,10 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device())
     decision = decision_of(made, ctx)
     programs.settle(decision, site.communicator)
-    plans = Plans(programs.executable, ctx.segmented.factored.program, mesh, _ways(decision, order.batch),
-                  additive(ctx), form_of(model, order.loss_fn))
+    ways = _ways(decision, order.batch)
+    plans = Plans(programs.executable, ctx.segmented.factored.program, mesh, ways,
+                  batch_axes(decision) if batch_axes(decision) in ways else (), additive(ctx),
+                  form_of(model, order.loss_fn))
     module = ParallelModule(model, decision, site, Batches(plans))
     module.plan = made
     return module

@@ -37,14 +37,15 @@ class Bound:
 class Plans:
     """Where executables come from: `make(training, call, axes)` plans and lowers one; collective.
 
-    `program` is what was compiled, `ways` the axes along which ranks may bring different samples, all of the mesh last;
-    `adds` tells which of its inputs mark samples that count for nothing.
+    `program` is what was compiled, `ways` the axes along which ranks may bring different samples, `cut` those of them
+    along which the plan wants them so; `adds` tells which inputs mark samples that count for nothing.
     """
 
     make: Callable[[bool, Any, Axes], Executable]
     program: Program
     mesh: Mesh
     ways: tuple[Axes, ...]
+    cut: Axes
     adds: Additive
     form: Form
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.data import DistributedSampler
 
 from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
@@ -20,6 +21,7 @@ from autopar.codegen.executable import Executable, seeds_of
 from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
 from autopar.codegen.outputs import output_of
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
+from autopar.codegen.sampler import sampler_over
 from autopar.core.errors import AutoparError
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
@@ -170,6 +172,15 @@ class ParallelModule(nn.Module):
             else:
                 held[name].copy_(value)
         return nn.modules.module._IncompatibleKeys(missing, extra)
+
+    def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0,
+                drop_last: bool = False) -> DistributedSampler[Any]:
+        """torch's distributed sampler, with the same samples for ranks that the plan wants to have the same.
+
+        A loader's batch size is the global one over the sampler's `num_replicas`.
+        """
+        cut = self._batches.plans.cut
+        return sampler_over(cut, self._site.communicator, dataset, shuffle, seed, drop_last)
 
     def random_state(self) -> dict[str, int]:
         """What dropout is drawn from: the seed and the number of training steps so far."""
