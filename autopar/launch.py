@@ -16,6 +16,8 @@ import torch.distributed as dist
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, UnknownName
 from autopar.core.told import told
+from autopar.gpu import why_no_gpu
+from autopar.watch import Place, watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ def init(rank: int | None = None, world_size: int | None = None, host: str | Non
     if backend not in _BACKENDS:
         raise UnknownName("backend", backend, list(_BACKENDS))
     if backend == "nccl" and not torch.cuda.is_available():
-        raise AutoparError("backend nccl needs a GPU, torch.cuda finds none on this machine; leave backend= out for "
-                           "gloo")
+        raise AutoparError(f"backend nccl needs a GPU, torch.cuda finds none on this machine: {why_no_gpu()}; or leave "
+                           "backend= out for gloo")
     given = _given(rank, world_size, host, port)
     launch = given or _launched()
     if backend == "gloo":
@@ -66,6 +68,8 @@ def init(rank: int | None = None, world_size: int | None = None, host: str | Non
         torch.cuda.set_device((launch.local_rank if launch else 0) % torch.cuda.device_count())
     try:
         _join(backend, launch, _store(launch, given))
+        if launch is not None and launch.world_size > 1:
+            watch(Place(launch.rank, launch.world_size, launch.host))
     except (RuntimeError, ValueError, OSError) as error:
         who = f"rank {launch.rank} of {launch.world_size} can't meet the others at {launch.host}:{launch.port}" if (
             launch) else "can't start a group of one"

@@ -1,0 +1,129 @@
+"""Every rank hears within seconds that another one is gone, whatever it is waiting for.
+
+Each rank keeps a connection to rank 0, which the system closes with the process, even one that is killed. Rank 0 tells
+all others; where it is gone itself its own connections end. Collectives alone don't do: under NCCL those that are left
+wait for minutes, under gloo only who talks to the lost rank is told.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+from autopar.codegen.control import exchanged
+
+log = logging.getLogger("autopar")
+GRACE_SECONDS = 10.0
+"""How long a rank may still take to end by an error of its own, before it is ended."""
+_CONNECT_SECONDS = 20.0
+_IDLE_SECONDS = 10
+"""How long a connection is silent before the system asks whether the other machine is there."""
+_WORD = struct.Struct("!i")
+_BYE = -1
+_NOBODY = -2
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of how many ranks this one is, and where rank 0 is."""
+
+    rank: int
+    size: int
+    host: str
+
+
+def watch(place: Place) -> None:
+    """Watch the other ranks from now on; collective. Where they can't be reached nobody is watched, and it is said."""
+    listener = socket.create_server(("", 0), backlog=place.size) if place.rank == 0 else None
+    port = exchanged((listener.getsockname()[1] if listener else 0,))[0][0]
+    connections: dict[int, socket.socket] = {}
+    with contextlib.suppress(OSError):
+        connections = _accepted(listener, place.size - 1) if listener else {0: _connected(place, port)}
+    whole = len(connections) == (place.size - 1 if listener else 1)
+    if not all(fine for (fine,) in exchanged((int(whole),))):
+        log.warning("ranks can't reach rank 0 at %s port %d: one that is lost is noticed by the collectives alone",
+                    place.host, port)
+        return
+    atexit.register(_part, list(connections.values()))
+    threading.Thread(target=_listen, args=(place, connections), name="autopar-watch", daemon=True).start()
+
+
+def _accepted(listener: socket.socket, count: int) -> dict[int, socket.socket]:
+    """The connections of so many ranks."""
+    found = {}
+    listener.settimeout(_CONNECT_SECONDS)
+    for _ in range(count):
+        connection, _ = listener.accept()
+        connection.settimeout(_CONNECT_SECONDS)
+        found[_heard(connection)] = _kept(connection)
+    listener.close()
+    return found
+
+
+def _connected(place: Place, port: int) -> socket.socket:
+    connection = socket.create_connection((place.host, port), _CONNECT_SECONDS)
+    connection.sendall(_WORD.pack(place.rank))
+    return _kept(connection)
+
+
+def _kept(connection: socket.socket) -> socket.socket:
+    """A connection that waits for words as long as it takes, and ends when the other machine is gone."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _IDLE_SECONDS)
+    return connection
+
+
+def _heard(connection: socket.socket) -> int:
+    """The next word, _NOBODY when the other side is gone."""
+    try:
+        word = connection.recv(_WORD.size, socket.MSG_WAITALL)
+    except OSError:
+        return _NOBODY
+    return int(_WORD.unpack(word)[0]) if len(word) == _WORD.size else _NOBODY
+
+
+def _listen(place: Place, connections: dict[int, socket.socket]) -> None:
+    """Wait until some rank is lost, tell the others and end this one."""
+    waiting = selectors.DefaultSelector()
+    for rank, connection in connections.items():
+        waiting.register(connection, selectors.EVENT_READ, rank)
+    while waiting.get_map():
+        for key, _ in waiting.select():
+            word = _heard(connections[key.data])
+            if word == _BYE:
+                waiting.unregister(connections[key.data])
+                continue
+            lost = key.data if word == _NOBODY else word
+            for rank in connections.keys() - {lost}:
+                with contextlib.suppress(OSError):
+                    connections[rank].sendall(_WORD.pack(lost))
+            _end(place, lost)
+
+
+def _end(place: Place, lost: int) -> None:
+    log.error("rank %d of %d is gone: its process has ended by an error or a signal, or its machine is out of reach, "
+              "see what it said last; rank %d ends too", lost, place.size, place.rank)
+    time.sleep(GRACE_SECONDS)
+    logging.shutdown()
+    os._exit(1)
+
+
+def _part(connections: list[socket.socket]) -> None:
+    """Take leave at exit, unless it is an error that ends this process: then the others must not wait for it."""
+    if getattr(sys, "last_value", None) is not None:
+        return
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.sendall(_WORD.pack(_BYE))
