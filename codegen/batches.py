@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.codegen.calls import Form, arranged, check_leaf
 from autopar.codegen.executable import Executable
-from autopar.codegen.offers import UNKNOWN, Axes, Batched, Offer, Shape, axes_of_offers, batched, digest
+from autopar.codegen.offers import UNKNOWN, Axes, Batched, Habits, Offer, Shape, axes_of_offers, batched, digest
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 from autopar.passes.additive import Additive
@@ -59,7 +59,7 @@ class Batches:
     seen: set[Shapes] = field(default_factory=set)
     sizes: dict[Any, set[int]] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
-    settled: Axes | None = None
+    habits: Habits = field(default_factory=Habits)
 
     def __post_init__(self) -> None:
         planned = batched(self.plans.program.placeholders("input"))
@@ -98,18 +98,18 @@ class Batches:
         new = _shapes(leaves) not in self.seen
         self.seen.add(_shapes(leaves))
         on_host = all(leaf.device.type == "cpu" for leaf in leaves if isinstance(leaf, Tensor))
-        whole = self.settled is None or len(self.settled) < len(self.plans.mesh.shape)
-        return digest(leaves) if self.plans.mesh.size > 1 and whole and (on_host or new) else UNKNOWN
+        size = self.plans.mesh.size
+        shared = any(self.plans.mesh.extent(axes) < size for axes in self.habits.by_rows.values())
+        return digest(leaves) if size > 1 and (new or (shared and on_host)) else UNKNOWN
 
     def _agreed(self, offer: Offer, planned: Batched, leaves: list[Any]) -> tuple[Axes, list[Offer]]:
         """Along which axes ranks bring different samples, and what all bring; collective, so that all are told."""
         plans, offers = self.plans, offer.told()
         try:
-            axes = axes_of_offers(offers, planned.rows, plans.ways, self.settled, plans.mesh)
+            axes = axes_of_offers(offers, planned.rows, plans.ways, self.habits, plans.mesh)
         except AutoparError as error:
             raise AutoparError(f"{error}, this one inputs of shapes {list(_shapes(leaves))}; pass the same whole batch "
                                "on every rank, or on each its own part") from None
-        self.settled = axes
         return axes, offers
 
     def _rows(self, planned: Batched, leaves: list[Any], offers: list[Offer], axes: Axes) -> int:

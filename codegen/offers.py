@@ -7,7 +7,7 @@ others the same.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,25 +76,44 @@ def _rest(leaf: Any, planned: Shape | None, rows: int) -> Any:
     return (has, *leaf.shape[1:]) if has else tuple(leaf.shape)
 
 
-def axes_of_offers(offers: list[Offer], rows: int, ways: tuple[Axes, ...], settled: Axes | None, mesh: Mesh) -> Axes:
-    """Along which of the `ways` ranks bring different samples, for a program of `rows` samples.
+@dataclass(slots=True)
+class Habits:
+    """What was made of earlier calls: along which axes samples differed in the last, and by ranks' samples."""
 
-    Shapes tell, else what was `settled` before, else whether the data are the same. Raises AutoparError on all ranks
-    alike when their batches don't go together.
+    last: Axes | None = None
+    by_rows: dict[tuple[int, ...], Axes] = field(default_factory=dict)
+
+
+def axes_of_offers(offers: list[Offer], rows: int, ways: tuple[Axes, ...], habits: Habits, mesh: Mesh) -> Axes:
+    """Along which of the `ways` ranks bring different samples, for a program of `rows` samples; all have one answer.
+
+    Shapes and whether the data are the same tell, and where those fit several ways what was so before, which is kept
+    in `habits`. Raises AutoparError on all ranks alike when their batches don't go together.
     """
     if len({(offer.fits, offer.training, offer.rest) for offer in offers}) > 1 or offers[0].rows == UNKNOWN:
         raise AutoparError("ranks brought batches of different kinds")
-    chosen = _chosen(offers, rows, ways, settled, mesh)
+    brought = tuple(offer.rows for offer in offers)
+    fitting = [axes for axes in ways if all(each * mesh.extent(axes) == rows for each in brought)]
+    read = all(offer.data != UNKNOWN for offer in offers)
+    likely = _likely(offers, fitting, ways, habits.last, mesh) if read else [*fitting, *_all_of(habits.last), ways[-1]]
+    chosen = likely[0] if read else habits.by_rows.get(brought, likely[0])
     _check_same(offers, chosen, mesh)
+    habits.last = habits.by_rows[brought] = chosen
     return chosen
 
 
-def _chosen(offers: list[Offer], rows: int, ways: tuple[Axes, ...], settled: Axes | None, mesh: Mesh) -> Axes:
-    fitting = [axes for axes in ways if all(offer.rows * mesh.extent(axes) == rows for offer in offers)]
+def _likely(offers: list[Offer], fitting: list[Axes], ways: tuple[Axes, ...], last: Axes | None,
+            mesh: Mesh) -> list[Axes]:
+    """The ways from the likeliest on, for data that are known: equal ones on ranks that differ are no chance."""
     alike = [axes for axes in ways if _alike(offers, axes, mesh)]
-    if settled is not None and (settled in fitting or not fitting or settled in alike):
-        return settled
-    return next(iter([*(axes for axes in fitting if axes in alike), *fitting, *alike, ways[-1]]))
+    same = [axes for axes in alike if mesh.extent(axes) < mesh.size]
+    before = _all_of(last)
+    return [*(axes for axes in before if axes in fitting or axes in same), *(axes for axes in fitting if axes in alike),
+            *fitting, *before, *alike, ways[-1]]
+
+
+def _all_of(axes: Axes | None) -> list[Axes]:
+    return [] if axes is None else [axes]
 
 
 def _groups(offers: list[Offer], axes: Axes, mesh: Mesh) -> list[list[Offer]]:
@@ -107,9 +126,8 @@ def _groups(offers: list[Offer], axes: Axes, mesh: Mesh) -> list[list[Offer]]:
 
 
 def _alike(offers: list[Offer], axes: Axes, mesh: Mesh) -> bool:
-    """Whether the data of ranks that would bring the same are the same, as far as they are known."""
-    groups = _groups(offers, axes, mesh)
-    return all(len(set(group)) == 1 and (len(group) == 1 or group[0].data != UNKNOWN) for group in groups)
+    """Whether the data of ranks that would bring the same are the same."""
+    return all(len(set(group)) == 1 for group in _groups(offers, axes, mesh))
 
 
 def _check_same(offers: list[Offer], axes: Axes, mesh: Mesh) -> None:

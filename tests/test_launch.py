@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -107,3 +108,22 @@ def test_a_script_with_a_mistake_ends_with_one_clear_line() -> None:
                           cwd=Path(autopar.__file__).parents[1])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("autopar.core.errors.AutoparError: rank is 2")
+
+
+def chatty(rank: int, world_size: int) -> list[str]:
+    """What is logged on a rank."""
+    autopar.init()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("autopar")
+    log.addHandler(handler)
+    log.warning("for all")
+    log.error("from rank %d", rank)
+    log.removeHandler(handler)
+    return said
+
+
+@pytest.mark.dist
+def test_what_concerns_all_is_said_once(pool: Any) -> None:
+    assert pool(2).run(chatty) == [["for all", "from rank 0"], ["from rank 1"]]
