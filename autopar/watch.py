@@ -7,7 +7,6 @@ wait for minutes, under gloo only who talks to the lost rank is told.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
@@ -18,6 +17,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 
 from autopar.codegen.control import exchanged
 
@@ -53,7 +53,7 @@ def watch(place: Place) -> None:
         log.warning("ranks can't reach rank 0 at %s port %d: one that is lost is noticed by the collectives alone",
                     place.host, port)
         return
-    atexit.register(_part, list(connections.values()))
+    Finalize(None, _part, (list(connections.values()),), exitpriority=0)  # multiprocessing skips what atexit has
     threading.Thread(target=_listen, args=(place, connections), name="autopar-watch", daemon=True).start()
 
 
@@ -122,7 +122,8 @@ def _end(place: Place, lost: int) -> None:
 
 def _part(connections: list[socket.socket]) -> None:
     """Take leave at exit, unless it is an error that ends this process: then the others must not wait for it."""
-    if getattr(sys, "last_value", None) is not None:
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+    if error is not None and not isinstance(error, SystemExit):
         return
     for connection in connections:
         with contextlib.suppress(OSError):

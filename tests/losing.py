@@ -1,4 +1,4 @@
-"""A script of one rank that trains until one of the ranks is lost: `losing.py RANK SIZE PORT HOW MODE`."""
+"""A script that trains until one of the ranks is lost: `losing.py RANK SIZE PORT HOW MODE`, RANK -1 for all."""
 
 from __future__ import annotations
 
@@ -34,9 +34,13 @@ def main(rank: int, size: int, port: int, how: str, mode: str) -> None:
         loss.backward()
         model.zero_grad()
     if rank == 0:
-        time.sleep(2.0)  # others may end before
+        time.sleep(2.0)  # others end before
     print("done", torch.distributed.get_rank())
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
+    rank, size, port = map(int, sys.argv[1:4])
+    if rank >= 0:
+        main(rank, size, port, *sys.argv[4:])
+    else:
+        torch.multiprocessing.spawn(main, (size, port, *sys.argv[4:]), size)
