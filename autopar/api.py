@@ -17,12 +17,13 @@ from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.deferred import DeferredModule
 from autopar.hush import hushed
+from autopar.material import Material, read_material
 from autopar.passes.blame import check_call
 from autopar.passes.capture import COMPUTE_DTYPE, Precision, capture
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.lookups import checked
 from autopar.passes.modes import MODES
-from autopar.plain import check_material, check_plain
+from autopar.plain import check_plain
 from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
 from autopar.planner import Request, check_shapes, prepare
@@ -62,7 +63,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             batch: BatchKind | None = None, loss_fn: LossFn | None = None, mode: str = "auto",
             mesh: MeshLike | None = None, plan: PlanLike | None = None, memory_budget: float | str | None = None,
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
-            pins: Mapping[str, str] | None = None, compiler: Compiler | None = None) -> nn.Module:
+            pins: Mapping[str, str] | None = None, compiler: Compiler | None = None,
+            init: str | os.PathLike[str] | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
@@ -71,9 +73,11 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     positional argument of a call. A `plan`, or the path of one that rank 0 can read, skips solving. `compiler` is
     "inductor", which compiles each class of equal segments once, in the first step, or "eager", which runs them as they
     are, for debugging; the default is "inductor" on GPUs that Triton knows and "eager" on CPUs, where Inductor takes a
-    minute for what eager code trains in. All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
+    minute for what eager code trains in. `init` gives a model that was built under `autopar.empty()` its values: the
+    path of a checkpoint that all ranks see (safetensors, a folder of them, or one of `autopar.save_checkpoint`), or
+    "model", its own initialisation. All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
     """
-    def asked() -> tuple[Request, Call | None]:
+    def asked() -> tuple[Request, Call | None, Material]:
         if batch is not None:
             one_of("batch", batch, get_args(BatchKind))
         if compiler is not None:
@@ -83,9 +87,10 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             raise AutoparError(f"a plan is given, which decides all, and {', '.join(decided)}, which are for making "
                                "one; give one of them")
         check_plain(model, loss_fn)
-        check_material(model)
-        return _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
-                        solver=solver, pins=pins), None if inputs is None else _call(model, inputs, loss_fn)
+        material = read_material(init, model)
+        request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
+                           solver=solver, pins=pins)
+        return request, None if inputs is None else _call(model, inputs, loss_fn), material
 
     def ordered() -> Order:
         place = _place(cluster, request)
@@ -93,11 +98,12 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             raise AutoparError(f"cluster {place.name} has {place.size} devices, {dist.get_world_size()} ranks are "
                                "running; start as many ranks as the cluster has devices, or name another cluster")
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
-        return Order(place, request, precision, loss_fn, read, batch, compiler_for(launch.device(), compiler))
+        return Order(place, request, precision, loss_fn, read, batch, compiler_for(launch.device(), compiler), material)
 
-    request, call = together(asked)  # by each rank alone where they have not met yet
+    request, call, material = together(asked)  # by each rank alone where they have not met yet
     launch.init()
     order = together(ordered)
+    together(material.check)
     return DeferredModule(model, order) if call is None else compiled(model, call, order)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autopar import launch
 from autopar.codegen.batches import all_equal, digest
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule
@@ -28,7 +29,8 @@ class DeferredModule(nn.Module):
         self._plain: list[nn.Module] = [plain]
         self._order = order
         self._made: list[ParallelModule] = []
-        self._waiting = {name: whole_everywhere(p) for name, p in plain.named_parameters()}
+        kind = launch.device().type
+        self._waiting = {name: whole_everywhere(p, kind) for name, p in plain.named_parameters()}
         self.training = plain.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,6 +49,7 @@ class DeferredModule(nn.Module):
         call = pytree.tree_map_only(Tensor, lambda t: _grown(t, world), (args, kwargs))
         made = compiled(self._plain[0].train(self.training), call, self._order)
         made.adopt(self._waiting)
+        self._plain.clear()  # its memory is that of a whole model
         return made
 
     def __getattr__(self, name: str) -> Any:

@@ -25,6 +25,7 @@ from autopar.core.errors import AutoparError, CaptureError
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
 from autopar.hush import hushed
+from autopar.material import Material
 from autopar.passes.blame import blame
 from autopar.passes.capture import Precision, capture, meta_twin
 from autopar.passes.decision import Context, Decision
@@ -51,6 +52,7 @@ class Order:
     plan: Plan | None
     batch: BatchKind | None
     compiler: Compiler
+    material: Material
 
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
@@ -63,7 +65,8 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device())
     programs.settle(training, decision_of(made, ctx), site.communicator)
     batches = Batches(programs.executable, order.batch, dist.get_world_size(), form_of(model, order.loss_fn))
-    module = ParallelModule(model, programs.decision(training), site, batches)
+    module = ParallelModule(model, programs.decision(training), site, batches,
+                            order.material.values(model, site.device))
     module.plan = made
     return module
 

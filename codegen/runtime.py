@@ -19,6 +19,7 @@ from autopar.codegen.communicator import Communicator
 from autopar.codegen.executable import Executable, seeds_of
 from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
+from autopar.codegen.values import Values, seed_of_rank_zero, state_names
 from autopar.core.errors import AutoparError
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
@@ -79,7 +80,7 @@ class ParallelModule(nn.Module):
 
     plan: Any
 
-    def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches) -> None:
+    def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: Values) -> None:
         super().__init__()
         self._site, self._batches = site, batches
         self._names = [name for name, _ in plain.named_parameters()]
@@ -90,7 +91,15 @@ class ParallelModule(nn.Module):
         self._body = make_body(plain, decision, self._stored, site)
         self._owner = {name: group for group in self._body.modules() if isinstance(group, ParameterGroup)
                        for name in group.names}
+        self._fill(values)
         self.train(plain.training)
+
+    def _fill(self, values: Values) -> None:
+        """Give parameters and buffers their first values, one after the other: no two whole parameters are held."""
+        for name, parameter in self.named_parameters():
+            load_plain(parameter, self._stored[name], values(name))
+        for name, buffer in self.named_buffers():
+            buffer.copy_(values(name))
 
     def adopt(self, originals: dict[str, nn.Parameter]) -> None:
         """Put the sharded parameters into these DTensor objects, which an optimizer may hold already."""
@@ -195,13 +204,6 @@ class ParallelModule(nn.Module):
         return f"mesh {self._site.communicator.mesh}, {len(self._names)} parameters"
 
 
-def state_names(plain: nn.Module) -> dict[str, str]:
-    """The names in the plain model's state dict, each with the first name of the same tensor."""
-    first = {id(tensor): name for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]}
-    state = plain.state_dict(keep_vars=True)
-    return {name: first[id(tensor)] for name, tensor in state.items() if id(tensor) in first}
-
-
 def _share(grad: Tensor) -> float:
     """The inverse of how many ranks hold each element of `grad`."""
     if not isinstance(grad, DTensor):
@@ -228,8 +230,11 @@ def stored_parameters(plain: nn.Module, decision: Decision) -> dict[str, Stored]
 
 
 def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], site: Site) -> Body:
-    """Shard the parameters of `plain`, as rank 0 has them, and wrap them for FSDP2, group by group."""
-    parameters = {name: at_rest(as_on_rank_zero(p, site.device), stored[name], site.mesh, p.requires_grad)
+    """Shards of the parameters of `plain`, wrapped for FSDP2 group by group, and its buffers, all without values.
+
+    They are cut on meta, so that no more than this rank's part is ever allocated.
+    """
+    parameters = {name: at_rest(torch.empty_like(p, device="meta"), stored[name], site.mesh, p.requires_grad)
                   for name, p in plain.named_parameters()}
     owner = _owners(decision)
     members: dict[str, dict[Travels, dict[str, nn.Parameter]]] = {}
@@ -238,24 +243,13 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
         members.setdefault(owner.get(name, ""), {}).setdefault(travels, {})[name] = parameter
     groups = {key: {way: ParameterGroup(held) for way, held in sets.items()} for key, sets in members.items()}
     shared = groups.pop("", {})
-    buffers = {name: as_on_rank_zero(b, site.device).clone() for name, b in plain.named_buffers()}
+    buffers = {name: torch.empty_like(b, device=site.device) for name, b in plain.named_buffers()}
     body = Body({key: tuple(sets.values()) for key, sets in groups.items()}, tuple(shared.values()), buffers)
     every = [*shared.items(), *(item for sets in groups.values() for item in sets.items())]
     _wrap_all(body, every, stored, decision, site)
+    for _, group in every:
+        group.to_empty(device=site.device)
     return body
-
-
-def as_on_rank_zero(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor with rank 0's values, so that ranks which drew different ones start alike; collective."""
-    found = tensor.detach().to(device).contiguous()
-    if dist.get_world_size() > 1:
-        dist.broadcast(found, 0)
-    return found
-
-
-def seed_of_rank_zero(device: torch.device) -> int:
-    """A seed for random ops, the same on every rank; collective."""
-    return int(as_on_rank_zero(torch.tensor(torch.initial_seed() % 2**31), device))
 
 
 def _wrap_all(body: Body, groups: list[tuple[Travels, ParameterGroup]], stored: dict[str, Stored],
