@@ -15,6 +15,7 @@ from autopar.codegen.batches import all_equal, digest
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
+from autopar.early_state import follow
 from autopar.programs import Order, compiled
 
 
@@ -49,6 +50,7 @@ class DeferredModule(nn.Module):
         call = pytree.tree_map_only(Tensor, lambda t: _grown(t, world), (args, kwargs))
         made = compiled(self._plain[0].train(self.training), call, self._order)
         made.adopt(self._waiting)
+        follow(made)
         self._plain.clear()  # its memory is that of a whole model
         return made
 

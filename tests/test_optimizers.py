@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import autopar
 from tests.builders import CASES, Case, quick
@@ -142,10 +141,10 @@ def one_cycle(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[float]:
 def frozen(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[float]:
     """Every other parameter stays as it is."""
     named = dict(model.named_parameters())
-    fixed = {n: local(p).clone() for n, p in itertools.islice(named.items(), 0, None, 2)}
+    fixed = {n: whole(p).clone() for n, p in itertools.islice(named.items(), 0, None, 2)}
     assert not any(named[n].requires_grad for n in fixed)
     losses = steps(model, loss_of, AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3))
-    assert all(torch.equal(local(named[n]), before) for n, before in fixed.items())
+    assert all(torch.equal(whole(named[n]), before) for n, before in fixed.items())
     return losses
 
 
@@ -176,8 +175,8 @@ def steps_of_one(loss_of: Callable[[], Tensor], optimizer: Optimizer) -> list[fl
     return [float(loss.detach())]
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 LOOPS: dict[str, Loop] = {
@@ -213,7 +212,8 @@ def plain_curve(name: str, loop: str) -> list[float]:
     ("mlp", Way("zero3")), ("mlp", Way("1d")), ("mlp", Way("zero3", ahead=False)),
 ], ids=str)
 def test_loops_are_the_plain_models(pool: Pools, name: str, way: Way) -> None:
-    for found in pool(2).run(curves, name, way, list(LOOPS)):
+    loops = [loop for loop in LOOPS if way.ahead or loop != "averaged"]  # whose copies are made before the first call
+    for found in pool(2).run(curves, name, way, loops):
         wrong = {loop: (curve, wanted) for loop, curve in found.items()
                  if curve != pytest.approx(wanted := plain_curve(name, loop), abs=TOLERANCE)}
         assert not wrong
