@@ -19,6 +19,7 @@ from autopar.codegen.communicator import Communicator
 from autopar.codegen.executable import Executable, seeds_of
 from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
+from autopar.codegen.paths import Under
 from autopar.codegen.values import Values, seed_of_rank_zero, state_names
 from autopar.core.errors import AutoparError
 from autopar.passes.capture import COMPUTE_DTYPE
@@ -87,6 +88,7 @@ class ParallelModule(nn.Module):
         self._stored = stored_parameters(plain, decision)
         self._buffer_names = [name for name, _ in plain.named_buffers()]
         self._state_names = state_names(plain)
+        self._non_persistent_buffers_set = set(self._buffer_names) - self._state_names.keys()
         self._steps, self._seed = 0, seed_of_rank_zero(site.device)
         self._body = make_body(plain, decision, self._stored, site)
         self._owner = {name: group for group in self._body.modules() if isinstance(group, ParameterGroup)
@@ -137,6 +139,24 @@ class ParallelModule(nn.Module):
         found: Tensor = getattr(self._body, mangled(name))
         return found
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            names = self.__dict__.get("_state_names", {})
+            return getattr(Under("", frozenset(names), lambda full: self._tensor(names[full])), name)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._owner[name].parameter(name) if name in self._owner else self.get_buffer_called(name)
+
+    def children(self) -> Iterator[nn.Module]:
+        """What all modules' own calls, such as `to`, go on to."""
+        yield self._body
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """None: tensors have the plain model's names, as if all were this module's own."""
+        return iter(())
+
     def named_parameters(self, prefix: str = "", recurse: bool = True,
                          remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under the plain model's names, each once."""
@@ -154,6 +174,22 @@ class ParallelModule(nn.Module):
         held: dict[str, Any] = {n: to_plain(p, self._stored[n]) for n, p in self.named_parameters()}
         held |= {name: buffer.detach() for name, buffer in self.named_buffers()}
         return OrderedDict((name, held[first]) for name, first in self._state_names.items())
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The plain model's state dict, in host memory on rank 0, which the plain model loads; empty on other ranks.
+
+        Collective; one whole parameter after the other is gathered.
+        """
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            value = to_plain(parameter, self._stored[name])
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if dist.get_rank() == 0:
+                state[name] = whole.to("cpu", copy=True)
+        if dist.get_rank():
+            return {}
+        state |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.named_buffers()}
+        return OrderedDict((name, state[first]) for name, first in self._state_names.items())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load plain names and shapes, whole tensors or DTensors; one name of a tied parameter will do.
