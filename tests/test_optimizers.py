@@ -61,14 +61,14 @@ class Way:
 
     mode: str = "zero3"
     ahead: bool = True
-    precision: str = "fp32"
+    mesh: tuple[int, ...] = (2,)
 
     def __str__(self) -> str:
-        return f"{self.mode}-{'ahead' if self.ahead else 'lazily'}"
+        return f"{self.mode}-{'ahead' if self.ahead else 'lazily'}-on-{'x'.join(map(str, self.mesh))}"
 
     def compile(self, case: Case, world_size: int) -> Any:
         return autopar.compile(case.model, quick(world_size), inputs=case.inputs if self.ahead else None,
-                               loss_fn=case.loss_fn, mode=self.mode, precision=self.precision)  # type: ignore[arg-type]
+                               loss_fn=case.loss_fn, mode=self.mode, mesh=self.mesh, precision="fp32")
 
 
 def clip(model: nn.Module, most: float) -> None:
@@ -210,10 +210,12 @@ def plain_curve(name: str, loop: str) -> list[float]:
 
 @pytest.mark.parametrize(("name", "way"), [
     ("mlp", Way("zero3")), ("mlp", Way("1d")), ("mlp", Way("zero3", ahead=False)),
+    *(pytest.param("gpt2", way, marks=pytest.mark.slow)
+      for way in (Way("auto", True, (2, 2)), Way("zero+1d", False, (2, 2)), Way("2d", True, (2, 2)))),
 ], ids=str)
 def test_loops_are_the_plain_models(pool: Pools, name: str, way: Way) -> None:
     loops = [loop for loop in LOOPS if way.ahead or loop != "averaged"]  # whose copies are made before the first call
-    for found in pool(2).run(curves, name, way, loops):
+    for found in pool(torch.Size(way.mesh).numel()).run(curves, name, way, loops):
         wrong = {loop: (curve, wanted) for loop, curve in found.items()
                  if curve != pytest.approx(wanted := plain_curve(name, loop), abs=TOLERANCE)}
         assert not wrong
