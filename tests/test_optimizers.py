@@ -144,7 +144,7 @@ def frozen(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[float]:
     fixed = {n: whole(p).clone() for n, p in itertools.islice(named.items(), 0, None, 2)}
     assert not any(named[n].requires_grad for n in fixed)
     losses = steps(model, loss_of, AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3))
-    assert all(torch.equal(whole(named[n]), before) for n, before in fixed.items())
+    assert all(torch.equal(whole(named[n]).reshape(before.shape), before) for n, before in fixed.items())
     return losses
 
 
@@ -186,6 +186,9 @@ LOOPS: dict[str, Loop] = {
 }
 
 
+FEW = ["adamw-foreach", "adagrad", "lion", "accumulating", "grouped", "frozen", "averaged"]
+
+
 def case_for(name: str, loop: str) -> Case:
     case = CASES[name]()
     if loop == "frozen":
@@ -214,7 +217,8 @@ def plain_curve(name: str, loop: str) -> list[float]:
       for way in (Way("auto", True, (2, 2)), Way("zero+1d", False, (2, 2)), Way("2d", True, (2, 2)))),
 ], ids=str)
 def test_loops_are_the_plain_models(pool: Pools, name: str, way: Way) -> None:
-    loops = [loop for loop in LOOPS if way.ahead or loop != "averaged"]  # whose copies are made before the first call
+    chosen = list(LOOPS) if name == "mlp" else FEW
+    loops = [loop for loop in chosen if way.ahead or loop != "averaged"]  # whose copies are made before the first call
     for found in pool(torch.Size(way.mesh).numel()).run(curves, name, way, loops):
         wrong = {loop: (curve, wanted) for loop, curve in found.items()
                  if curve != pytest.approx(wanted := plain_curve(name, loop), abs=TOLERANCE)}
