@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from autopar.deferred import DeferredModule
 from autopar.hush import hushed
 from autopar.material import Material, read_material
 from autopar.passes.blame import check_call
-from autopar.passes.capture import COMPUTE_DTYPE, Precision, capture
+from autopar.passes.capture import COMPUTE_DTYPE, Precision, Stored, capture
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.lookups import checked
 from autopar.passes.modes import MODES
@@ -35,19 +36,21 @@ Inputs = Any
 ClusterLike = Cluster | str | os.PathLike[str]
 MeshLike = str | int | Sequence[int]
 PlanLike = Plan | str | os.PathLike[str]
+STORED: dict[bool, Stored] = {False: "by factor", True: "plain"}
 _WORDS: dict[str, Iterable[str]] = {"mode": MODES, "optimizer": OPTIMIZERS, "solver": SOLVERS}
 
 
 def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs, loss_fn: LossFn | None = None,
          mode: str = "auto", mesh: MeshLike | None = None, memory_budget: float | str | None = None,
          optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
-         pins: Mapping[str, str] | None = None) -> Plan:
+         pins: Mapping[str, str] | None = None, keep_shapes: bool = False) -> Plan:
     """The best plan for training `model` on `cluster`, without running anything.
 
     `cluster` is a Cluster, the text of a preset or the path of a file; None is what this machine has. `inputs` are a
     tuple of positional or a dict of keyword arguments with the global batch's shapes. `mesh` is (4, 2) or "4x2";
     `memory_budget` is what a device may hold, bytes or "20GiB". `pins` fix ops to strategies, both as plans print them:
-    `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. A plan made before is read again. Raises AutoparError.
+    `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. `keep_shapes` lets parameters rest in the model's own shapes, which
+    optimizers need that look at rows and columns. A plan made before is read again. Raises AutoparError.
     """
     check_plain(model, loss_fn)
     request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
@@ -55,7 +58,7 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     call = _call(model, inputs, loss_fn)
     place = _place(cluster, request)
     with hushed():
-        program = capture(model, call, precision, loss_fn)
+        program = replace(capture(model, call, precision, loss_fn), stored=STORED[bool(keep_shapes)])
     return solve_or_recall(checked(prepare(program)), place, request)
 
 
@@ -64,7 +67,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             mesh: MeshLike | None = None, plan: PlanLike | None = None, memory_budget: float | str | None = None,
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
             pins: Mapping[str, str] | None = None, compiler: Compiler | None = None,
-            init: str | os.PathLike[str] | None = None) -> nn.Module:
+            init: str | os.PathLike[str] | None = None, keep_shapes: bool = False) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
@@ -98,7 +101,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             raise AutoparError(f"cluster {place.name} has {place.size} devices, {dist.get_world_size()} ranks are "
                                "running; start as many ranks as the cluster has devices, or name another cluster")
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
-        return Order(place, request, precision, loss_fn, read, batch, compiler_for(launch.device(), compiler), material)
+        return Order(place, request, precision, loss_fn, read, batch, compiler_for(launch.device(), compiler), material,
+                     STORED[bool(keep_shapes)])
 
     request, call, material = together(asked)  # by each rank alone where they have not met yet
     launch.init()

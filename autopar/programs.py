@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from autopar.core.spec import Spec
 from autopar.hush import hushed
 from autopar.material import Material
 from autopar.passes.blame import blame
-from autopar.passes.capture import Precision, capture, meta_twin
+from autopar.passes.capture import Precision, Stored, capture, meta_twin
 from autopar.passes.decision import Context, Decision
 from autopar.passes.lookups import checked
 from autopar.plan import Plan
@@ -53,6 +53,7 @@ class Order:
     batch: BatchKind | None
     compiler: Compiler
     material: Material
+    stored: Stored = "by factor"
 
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
@@ -92,7 +93,7 @@ class Programs:
             model = self._twin.train(training)
             with hushed():
                 program = capture(model, self._call, self._order.precision, self._order.loss_fn)
-            return checked(prepare(program))
+            return checked(prepare(replace(program, stored=self._order.stored)))
         return together(annotated)
 
     def planned(self, ctx: Context) -> Plan:

@@ -23,6 +23,8 @@ Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
 COMPUTE_DTYPE: dict[str, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16,
 }
+Stored = Literal["by factor", "plain"]
+"""The shapes parameters rest in: those in which the most can be cut plainly, or the model's own."""
 Kind = Literal["parameter", "buffer", "input", "constant"]
 
 
@@ -49,6 +51,7 @@ class Program:
     precision: Precision
     training: bool
     notes: tuple[str, ...] = ()
+    stored: Stored = "by factor"
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`."""

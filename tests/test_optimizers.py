@@ -223,3 +223,47 @@ def test_loops_are_the_plain_models(pool: Pools, name: str, way: Way) -> None:
         wrong = {loop: (curve, wanted) for loop, curve in found.items()
                  if curve != pytest.approx(wanted := plain_curve(name, loop), abs=TOLERANCE)}
         assert not wrong
+
+
+# Optimizers that look at rows and columns.
+
+class RowsAndColumns(SGD):
+    """Gradients divided by root mean squares of their rows and columns, as Adafactor's; torch's takes no DTensors."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            square = parameter.grad.square() + 1e-12
+            if parameter.dim() == 2:
+                rows, columns = square.mean(1, keepdim=True), square.mean(0, keepdim=True)
+                square = rows * columns / rows.mean()
+            parameter.sub_(parameter.grad * (square + 1e-6).rsqrt(), alpha=self.param_groups[0]["lr"])
+
+
+SHAPED: dict[str, Callable[[Any], Optimizer]] = {
+    "rows and columns": lambda p: RowsAndColumns(p, lr=1e-3),
+    "muon": lambda p: torch.optim.Muon([each for each in p if each.dim() == 2], lr=1e-3),
+}
+
+
+def shaped_curves(rank: int, world_size: int, mode: str) -> dict[str, list[float]]:
+    found = {}
+    for name, make in SHAPED.items():
+        case = CASES["gpt2"]()
+        shapes = {n: p.shape for n, p in case.model.named_parameters()}
+        model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, mode=mode, precision="fp32",
+                                keep_shapes=True)
+        assert {n: p.shape for n, p in model.named_parameters()} == shapes
+        found[name] = steps(model, lambda: case.call(model), make(model.parameters()))  # noqa: B023
+    return found
+
+
+@pytest.mark.parametrize("mode", ["zero3", pytest.param("1d", marks=pytest.mark.slow)])
+def test_shapes_are_kept_for_optimizers_that_look_at_them(pool: Pools, mode: str) -> None:
+    wanted = {}
+    for name, make in SHAPED.items():
+        case = CASES["gpt2"]()
+        wanted[name] = steps(case.model, lambda: case.plain_loss(case.model), make(case.model.parameters()))  # noqa: B023
+    for found in pool(2).run(shaped_curves, mode):
+        for name, curve in found.items():
+            assert curve == pytest.approx(wanted[name], abs=10 * TOLERANCE), name
