@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autopar.core.errors import AutoparError
     from autopar.explanation import explain
     from autopar.launch import init
+    from autopar.meta_start import empty
     from autopar.passes.capture import capture
     from autopar.plan import Plan
     from autopar.planner import verify
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "AutoparError": "core.errors", "Cluster": "core.cluster", "Plan": "plan", "capture": "passes.capture",
-    "compile": "api", "explain": "explanation", "init": "launch", "load_checkpoint": "checkpoint:load", "plan": "api",
-    "save_checkpoint": "checkpoint:save", "verify": "planner",
+    "compile": "api", "empty": "meta_start", "explain": "explanation", "init": "launch",
+    "load_checkpoint": "checkpoint:load", "plan": "api", "save_checkpoint": "checkpoint:save", "verify": "planner",
 }
-__all__ = ["AutoparError", "Cluster", "Plan", "capture", "compile", "explain", "init", "load_checkpoint", "plan",
-           "save_checkpoint", "verify"]
+__all__ = ["AutoparError", "Cluster", "Plan", "capture", "compile", "empty", "explain", "init", "load_checkpoint",
+           "plan", "save_checkpoint", "verify"]
 
 
 class _Package(ModuleType):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch.distributed as dist
@@ -17,13 +18,14 @@ from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.deferred import DeferredModule
 from autopar.hush import hushed
+from autopar.material import Material, read_material
 from autopar.passes.blame import check_call
-from autopar.passes.capture import COMPUTE_DTYPE, Precision, Returns, capture
+from autopar.passes.capture import COMPUTE_DTYPE, Precision, Returns, Stored, capture
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.decision import Context
 from autopar.passes.lookups import checked
 from autopar.passes.modes import MODES
-from autopar.plain import check_material, check_plain
+from autopar.plain import check_plain
 from autopar.plan import Plan
 from autopar.planner import Request, check_shapes, prepare
 from autopar.programs import Call, LossFn, Order, candidates, compiled, solve_best
@@ -34,20 +36,22 @@ Inputs = Any
 ClusterLike = Cluster | str | os.PathLike[str]
 MeshLike = str | int | Sequence[int]
 PlanLike = Plan | str | os.PathLike[str]
+STORED: dict[bool, Stored] = {False: "by factor", True: "plain"}
 _WORDS: dict[str, Iterable[str]] = {"mode": MODES, "optimizer": OPTIMIZERS, "solver": SOLVERS}
 
 
 def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs, loss_fn: LossFn | None = None,
          mode: str = "auto", mesh: MeshLike | None = None, memory_budget: float | str | None = None,
          optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
-         returns: Returns = "loss", pins: Mapping[str, str] | None = None) -> Plan:
+         returns: Returns = "loss", pins: Mapping[str, str] | None = None, keep_shapes: bool = False) -> Plan:
     """The best plan for training `model` on `cluster`, without running anything.
 
     `cluster` is a Cluster, the text of a preset or the path of a file; None is what this machine has. `inputs` are a
     tuple of positional or a dict of keyword arguments with the global batch's shapes. `mesh` is (4, 2) or "4x2";
     `memory_budget` is what a device may hold, bytes or "20GiB". `pins` fix ops to strategies, both as plans print them:
-    `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. `returns="all"` plans for outputs besides the loss. A plan made before is
-    read again. Raises AutoparError.
+    `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. `returns="all"` plans for outputs besides the loss. `keep_shapes` lets
+    parameters rest in the model's own shapes, which optimizers need that look at rows and columns. A plan made before
+    is read again. Raises AutoparError.
     """
     check_plain(model, loss_fn)
     one_of("returns", returns, get_args(Returns))
@@ -58,7 +62,8 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
 
     def annotated(given: Call) -> Context:
         with hushed():
-            program = capture(model, given, precision, loss_fn, returns)
+            program = replace(capture(model, given, precision, loss_fn, returns),
+                              stored=STORED[bool(keep_shapes)])
         return checked(prepare(program))
 
     return solve_best(candidates(call, place, annotated), place, request)
@@ -68,8 +73,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             batch: BatchKind | None = None, loss_fn: LossFn | None = None, mode: str = "auto",
             mesh: MeshLike | None = None, plan: PlanLike | None = None, memory_budget: float | str | None = None,
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
-            returns: Returns = "loss", pins: Mapping[str, str] | None = None,
-            compiler: Compiler | None = None) -> nn.Module:
+            returns: Returns = "loss", pins: Mapping[str, str] | None = None, compiler: Compiler | None = None,
+            init: str | os.PathLike[str] | None = None, keep_shapes: bool = False) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
@@ -79,10 +84,12 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     leaves them; with a `loss_fn` the model then returns (loss, output). A `plan`, or the path of one that rank 0 can
     read, skips solving. `compiler` is "inductor", which compiles each class of equal segments once, in the first step,
     or "eager", which runs them as they are, for debugging; the default is "inductor" on GPUs that Triton knows and
-    "eager" on CPUs, where Inductor takes a minute for what eager code trains in. All else is as in `autopar.plan`.
-    Raises AutoparError on every rank alike.
+    "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model that was built
+    under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a folder of them, or
+    one of `autopar.save_checkpoint`), or "model", its own initialisation. All else is as in `autopar.plan`. Raises
+    AutoparError on every rank alike.
     """
-    def asked() -> tuple[Request, Call | None]:
+    def asked() -> tuple[Request, Call | None, Material]:
         if batch is not None:
             one_of("batch", batch, get_args(BatchKind))
         if compiler is not None:
@@ -93,9 +100,10 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
                                "one; give one of them")
         one_of("returns", returns, get_args(Returns))
         check_plain(model, loss_fn)
-        check_material(model)
-        return _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
-                        solver=solver, pins=pins), None if inputs is None else _call(model, inputs, loss_fn)
+        material = read_material(init, model)
+        request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
+                           solver=solver, pins=pins)
+        return request, None if inputs is None else _call(model, inputs, loss_fn), material
 
     def ordered() -> Order:
         place = _place(cluster, request)
@@ -104,11 +112,12 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
                                "running; start as many ranks as the cluster has devices, or name another cluster")
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
         return Order(place, request, precision, loss_fn, read, batch, returns,
-                     compiler_for(launch.device(), compiler))
+                     compiler_for(launch.device(), compiler), material, STORED[bool(keep_shapes)])
 
-    request, call = together(asked)  # by each rank alone where they have not met yet
+    request, call, material = together(asked)  # by each rank alone where they have not met yet
     launch.init()
     order = together(ordered)
+    together(material.check)
     return DeferredModule(model, order) if call is None else compiled(model, call, order)
 
 

@@ -85,9 +85,9 @@ def load(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None) -
     """
     module, place = _compiled(model, optimizer), Path(check_path("the folder of checkpoints", folder))
     names = _names(module)
-    chosen = Path(on_rank_zero(lambda: str(_choose(place))))
+    chosen = Path(on_rank_zero(lambda: str(choose(place))))
     head = parse_head(json.loads(on_rank_zero(lambda: json.dumps(read_object(chosen / HEAD)))))
-    _together(lambda: _check_contents(chosen, head.table))
+    _together(lambda: check_contents(chosen, head.table))
     wanted = _tensors(module)
     _check_same_model(wanted, head.table, chosen)
     if optimizer is not None:
@@ -103,7 +103,7 @@ def load(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None) -
 
 def latest(folder: Folder) -> Path | None:
     """The newest checkpoint in `folder` with all its files in their full sizes; None without one. Not collective."""
-    for found in _found(Path(check_path("the folder of checkpoints", folder))):
+    for found in numbered(Path(check_path("the folder of checkpoints", folder))):
         try:
             check_whole(found)
         except AutoparError as error:
@@ -121,6 +121,11 @@ def check_whole(checkpoint: Path) -> None:
         if found != mark.nbytes:
             raise AutoparError(f"{path} has {found} bytes, needed are {mark.nbytes}: the checkpoint is cut short; use "
                                "an earlier one")
+
+
+def table_of(checkpoint: Path) -> Table:
+    """What lies where in a checkpoint. Raises AutoparError."""
+    return parse_head(read_object(checkpoint / HEAD)).table
 
 
 def parse_head(data: dict[str, Any]) -> Head:
@@ -141,7 +146,7 @@ def _crc32(contents: dict[str, Any]) -> int:
 # Folders, which rank 0 alone makes, moves and removes.
 
 
-def _found(folder: Path) -> list[Path]:
+def numbered(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, whole or not, newest first."""
     inside = folder.iterdir() if folder.is_dir() else ()
     return sorted((path for path in inside if _number(path)), key=_number, reverse=True)
@@ -168,7 +173,7 @@ def _put_in_place(draft: Path, head: dict[str, Any], table: Table | None) -> Pat
     """Complete `draft`, move it to the next number, remove the oldest."""
     assert table is not None
     contents = {**head, "table": table.to_json()}
-    before = _found(draft.parent)
+    before = numbered(draft.parent)
     target = draft.parent / f"checkpoint-{1 + max(map(_number, before), default=0):06}"
     try:
         with (draft / HEAD).open("w", encoding="utf-8") as stream:
@@ -185,19 +190,19 @@ def _put_in_place(draft: Path, head: dict[str, Any], table: Table | None) -> Pat
     return target
 
 
-def _choose(folder: Path) -> Path:
+def choose(folder: Path) -> Path:
     """The checkpoint that `folder` is, or the newest whole one in it. Raises AutoparError."""
     if _number(folder) or (folder / HEAD).exists():
         check_whole(folder)
         return folder
-    found = latest(folder)
-    if found is None:
-        seen = ", ".join(path.name for path in _found(folder)) or "none at all"
+    newest = latest(folder)
+    if newest is None:
+        seen = ", ".join(path.name for path in numbered(folder)) or "none at all"
         raise AutoparError(f"{folder} has no whole checkpoint (found: {seen}); check the name, or start without one")
-    return found
+    return newest
 
 
-def _check_contents(checkpoint: Path, table: Table) -> None:
+def check_contents(checkpoint: Path, table: Table) -> None:
     """Each rank reads its share of the files. Raises AutoparError when a checksum is off."""
     for name in sorted(table.files)[dist.get_rank()::dist.get_world_size()]:
         if checksum(checkpoint / name) != table.files[name].crc32:

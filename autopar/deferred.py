@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DistributedSampler
 
+from autopar import launch
 from autopar.codegen.offers import Offer, digest
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
+from autopar.early_state import follow
 from autopar.programs import Order, compiled
 
 
@@ -28,7 +30,8 @@ class DeferredModule(nn.Module):
         self._plain: list[nn.Module] = [plain]
         self._order = order
         self._made: list[ParallelModule] = []
-        self._waiting = {name: whole_everywhere(p) for name, p in plain.named_parameters()}
+        kind = launch.device().type
+        self._waiting = {name: whole_everywhere(p, kind) for name, p in plain.named_parameters()}
         self.training = plain.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,6 +54,8 @@ class DeferredModule(nn.Module):
         call = pytree.tree_map_only(Tensor, lambda x: _grown(x, rows, grown), (args, kwargs))
         made = compiled(self._plain[0].train(self.training), call, self._order)
         made.adopt(self._waiting)
+        follow(made)
+        self._plain.clear()  # its memory is that of a whole model
         return made
 
     def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0,

@@ -18,7 +18,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
 from autopar.core.sharding import Instance, Priced, Solution
-from autopar.passes.capture import KEPT, Program
+from autopar.passes.capture import KEPT, Program, Stored
 from autopar.passes.constants import FoldConstants
 from autopar.passes.costs import Optimizer, optimizer_called
 from autopar.passes.decision import Context, Decision, context
@@ -196,10 +196,13 @@ def price_lowered(decision: Decision, setting: Setting) -> tuple[Priced, Memory]
     return reprice(lower_all(target), setting)
 
 
+KEY_OF: dict[Stored, str] = {"by factor": "", "plain": " plain"}
+
+
 def program_key(ctx: Context) -> str:
     """Twelve hexadecimal digits that name the program: its ops, shapes and precision."""
     program = ctx.segmented.factored.program
-    found = hashlib.sha256(f"{program.precision} {program.training}".encode())
+    found = hashlib.sha256(f"{program.precision} {program.training}{KEY_OF[program.stored]}".encode())
     for node in program.graph.nodes:
         value = node.meta.get("val")
         shape = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else ()

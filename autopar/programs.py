@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,9 +28,10 @@ from autopar.core.errors import AutoparError, CaptureError
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
 from autopar.hush import hushed
+from autopar.material import Material
 from autopar.passes.additive import additive
 from autopar.passes.blame import blame
-from autopar.passes.capture import Precision, Returns, capture, meta_twin
+from autopar.passes.capture import Precision, Returns, Stored, capture, meta_twin
 from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
 from autopar.plan import Plan
@@ -56,6 +57,8 @@ class Order:
     batch: BatchKind | None
     returns: Returns
     compiler: Compiler
+    material: Material
+    stored: Stored = "by factor"
 
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
@@ -70,7 +73,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     plans = Plans(programs.executable, ctx.segmented.factored.program, mesh, ways,
                   batch_axes(decision) if batch_axes(decision) in ways else (), additive(ctx),
                   form_of(model, order.loss_fn))
-    module = ParallelModule(model, decision, site, Batches(plans))
+    module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
     module.plan = made
     return module
 
@@ -131,7 +134,7 @@ class Programs:
             model = self._twin.train(training)
             with hushed():
                 program = capture(model, call, self._order.precision, self._order.loss_fn, self._order.returns)
-            return checked(prepare(program))
+            return checked(prepare(replace(program, stored=self._order.stored)))
         return together(annotated)
 
     def _decision(self, training: bool, call: Call) -> Decision:

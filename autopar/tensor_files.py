@@ -88,7 +88,8 @@ class Table:
         return cls(tensors, {name: FileMark(m["bytes"], m["crc32"]) for name, m in data["files"].items()})
 
 
-def _nbytes(sizes: Shape, dtype: torch.dtype) -> int:
+def nbytes_of(sizes: Shape, dtype: torch.dtype) -> int:
+    """The size in bytes of a tensor."""
     return math.prod(sizes) * dtype.itemsize
 
 
@@ -128,7 +129,7 @@ class Writer(StorageWriter):
             stream.flush()
             os.fsync(stream.fileno())
         mark = FileMark(nbytes, crc)
-        return [WriteResult(item.index, _nbytes(*_shape_of(item)), (self._file, begin, mark))
+        return [WriteResult(item.index, nbytes_of(*_shape_of(item)), (self._file, begin, mark))
                 for item, begin in zip(items, begins, strict=True)]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -178,7 +179,7 @@ def _header(items: list[WriteItem]) -> tuple[bytes, list[int]]:
         assert item.tensor_data is not None
         whole = tuple(item.tensor_data.size) == sizes
         name = item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, item.tensor_data.chunk.offsets))}"
-        end = place + _nbytes(sizes, dtype)
+        end = place + nbytes_of(sizes, dtype)
         table[name] = {"dtype": CODES[dtype], "shape": list(sizes), "data_offsets": [place, end]}
         ends.append(place)
         place = end
@@ -225,7 +226,7 @@ class Reader(StorageReader):
             if chunk.file not in mapped:
                 mapped[chunk.file] = torch.from_file(str(self._folder / chunk.file), dtype=torch.uint8,
                                                      size=self._table.files[chunk.file].nbytes)
-            flat = mapped[chunk.file][chunk.begin:chunk.begin + _nbytes(chunk.sizes, dtype)].view(dtype)
+            flat = mapped[chunk.file][chunk.begin:chunk.begin + nbytes_of(chunk.sizes, dtype)].view(dtype)
             box = (slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
             yield item, flat.view(chunk.sizes)[tuple(box)]
 

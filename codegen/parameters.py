@@ -66,9 +66,9 @@ def at_rest(full: Tensor, stored: Stored, mesh: DeviceMesh, requires_grad: bool)
     return nn.Parameter(value, requires_grad=requires_grad)
 
 
-def whole_everywhere(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter as a DTensor of the same storage, replicated over all ranks."""
-    world = DeviceMesh(parameter.device.type, list(range(dist.get_world_size())))
+def whole_everywhere(parameter: nn.Parameter, kind: str) -> nn.Parameter:
+    """The parameter as a DTensor of the same storage, replicated over all ranks, which run on devices of `kind`."""
+    world = DeviceMesh(kind, list(range(dist.get_world_size())))
     whole = DTensor.from_local(parameter.detach(), world, [Replicate()], run_check=False)
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
@@ -111,12 +111,22 @@ def _contiguous(shape: Shape) -> Shape:
 
 
 def load_plain(parameter: Tensor, stored: Stored, value: Tensor) -> None:
-    """Copy `value`, whole or a DTensor in the plain shape, into the parameter."""
+    """Copy `value`, whole or a DTensor in the plain shape, into the parameter; only this rank's part is moved and cast.
+    """
     full = value.full_tensor() if isinstance(value, DTensor) else value
-    full = full.detach().reshape(stored.stored_shape).to(parameter.device, parameter.dtype)
-    with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            part = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(part.to_local())
-        else:
-            parameter.copy_(full)
+    full = full.detach().reshape(stored.stored_shape)
+    part, place = own_part(full, parameter), local(parameter.detach())
+    assert part.shape == place.shape, f"{stored.name}: the part is {part.shape}, its place {place.shape}"
+    place.copy_(part)
+
+
+def own_part(full: Tensor, like: Tensor) -> Tensor:
+    """The part of `full` that this rank holds of a tensor which is laid out as `like` is; a view."""
+    if not isinstance(like, DTensor):
+        return full
+    for axis, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            parts = full.chunk(like.device_mesh.size(axis), placement.dim)
+            mine = like.device_mesh.get_local_rank(axis)
+            full = parts[mine] if mine < len(parts) else full.narrow(placement.dim, 0, 0)
+    return full

@@ -9,6 +9,9 @@ tensor, so `torch.compile` can trace, reorder and plan memory around them.
 - The ops bring gradient formulas of their own in both versions. They know nothing of partial gradients, so callers
   wrap every use in an autograd function.
 - `_are_we_tracing` is the one test that sees Dynamo, export and a bare AOTAutograd alike; the same in both versions.
+- `TorchDispatchMode` is documented as a way to see every op, and has no public name; the same in both versions.
+- `StorageWeakRef` tells storages apart for as long as it lives, which `data_ptr()` can't for those on meta; the same in
+  both versions.
 - Importing `_functional_collectives` registers the ops' fake kernels; neither version does so with
   `torch.distributed`, and tracing without them fails.
 
@@ -25,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.distributed import _functional_collectives
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 _OPS = torch.ops._c10d_functional
 

@@ -21,7 +21,9 @@ from autopar.codegen.executable import Executable, seeds_of
 from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
 from autopar.codegen.outputs import output_of
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
+from autopar.codegen.paths import Under
 from autopar.codegen.sampler import sampler_over
+from autopar.codegen.values import Values, seed_of_rank_zero, state_names
 from autopar.core.errors import AutoparError
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
@@ -82,18 +84,27 @@ class ParallelModule(nn.Module):
 
     plan: Any
 
-    def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches) -> None:
+    def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: Values) -> None:
         super().__init__()
         self._site, self._batches = site, batches
         self._names = [name for name, _ in plain.named_parameters()]
         self._stored = stored_parameters(plain, decision)
         self._buffer_names = [name for name, _ in plain.named_buffers()]
         self._state_names = state_names(plain)
+        self._non_persistent_buffers_set = set(self._buffer_names) - self._state_names.keys()
         self._steps, self._seed = 0, seed_of_rank_zero(site.device)
         self._body = make_body(plain, decision, self._stored, site)
         self._owner = {name: group for group in self._body.modules() if isinstance(group, ParameterGroup)
                        for name in group.names}
+        self._fill(values)
         self.train(plain.training)
+
+    def _fill(self, values: Values) -> None:
+        """Give parameters and buffers their first values, one after the other: no two whole parameters are held."""
+        for name, parameter in self.named_parameters():
+            load_plain(parameter, self._stored[name], values(name))
+        for name, buffer in self.named_buffers():
+            buffer.copy_(values(name))
 
     def adopt(self, originals: dict[str, nn.Parameter]) -> None:
         """Put the sharded parameters into these DTensor objects, which an optimizer may hold already."""
@@ -132,6 +143,24 @@ class ParallelModule(nn.Module):
         found: Tensor = getattr(self._body, mangled(name))
         return found
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            names = self.__dict__.get("_state_names", {})
+            return getattr(Under("", frozenset(names), lambda full: self._tensor(names[full])), name)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._owner[name].parameter(name) if name in self._owner else self.get_buffer_called(name)
+
+    def children(self) -> Iterator[nn.Module]:
+        """What all modules' own calls, such as `to`, go on to."""
+        yield self._body
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """None: tensors have the plain model's names, as if all were this module's own."""
+        return iter(())
+
     def named_parameters(self, prefix: str = "", recurse: bool = True,
                          remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under the plain model's names, each once."""
@@ -149,6 +178,22 @@ class ParallelModule(nn.Module):
         held: dict[str, Any] = {n: to_plain(p, self._stored[n]) for n, p in self.named_parameters()}
         held |= {name: buffer.detach() for name, buffer in self.named_buffers()}
         return OrderedDict((name, held[first]) for name, first in self._state_names.items())
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The plain model's state dict, in host memory on rank 0, which the plain model loads; empty on other ranks.
+
+        Collective; one whole parameter after the other is gathered.
+        """
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            value = to_plain(parameter, self._stored[name])
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if dist.get_rank() == 0:
+                state[name] = whole.to("cpu", copy=True)
+        if dist.get_rank():
+            return {}
+        state |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.named_buffers()}
+        return OrderedDict((name, state[first]) for name, first in self._state_names.items())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load plain names and shapes, whole tensors or DTensors; one name of a tied parameter will do.
@@ -208,13 +253,6 @@ class ParallelModule(nn.Module):
         return f"mesh {self._site.communicator.mesh}, {len(self._names)} parameters"
 
 
-def state_names(plain: nn.Module) -> dict[str, str]:
-    """The names in the plain model's state dict, each with the first name of the same tensor."""
-    first = {id(tensor): name for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]}
-    state = plain.state_dict(keep_vars=True)
-    return {name: first[id(tensor)] for name, tensor in state.items() if id(tensor) in first}
-
-
 def _share(grad: Tensor) -> float:
     """The inverse of how many ranks hold each element of `grad`."""
     if not isinstance(grad, DTensor):
@@ -241,8 +279,11 @@ def stored_parameters(plain: nn.Module, decision: Decision) -> dict[str, Stored]
 
 
 def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], site: Site) -> Body:
-    """Shard the parameters of `plain`, as rank 0 has them, and wrap them for FSDP2, group by group."""
-    parameters = {name: at_rest(as_on_rank_zero(p, site.device), stored[name], site.mesh, p.requires_grad)
+    """Shards of the parameters of `plain`, wrapped for FSDP2 group by group, and its buffers, all without values.
+
+    They are cut on meta, so that no more than this rank's part is ever allocated.
+    """
+    parameters = {name: at_rest(torch.empty_like(p, device="meta"), stored[name], site.mesh, p.requires_grad)
                   for name, p in plain.named_parameters()}
     owner = _owners(decision)
     members: dict[str, dict[Travels, dict[str, nn.Parameter]]] = {}
@@ -251,24 +292,13 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
         members.setdefault(owner.get(name, ""), {}).setdefault(travels, {})[name] = parameter
     groups = {key: {way: ParameterGroup(held) for way, held in sets.items()} for key, sets in members.items()}
     shared = groups.pop("", {})
-    buffers = {name: as_on_rank_zero(b, site.device).clone() for name, b in plain.named_buffers()}
+    buffers = {name: torch.empty_like(b, device=site.device) for name, b in plain.named_buffers()}
     body = Body({key: tuple(sets.values()) for key, sets in groups.items()}, tuple(shared.values()), buffers)
     every = [*shared.items(), *(item for sets in groups.values() for item in sets.items())]
     _wrap_all(body, every, stored, decision, site)
+    for _, group in every:
+        group.to_empty(device=site.device)
     return body
-
-
-def as_on_rank_zero(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor with rank 0's values, so that ranks which drew different ones start alike; collective."""
-    found = tensor.detach().to(device).contiguous()
-    if dist.get_world_size() > 1:
-        dist.broadcast(found, 0)
-    return found
-
-
-def seed_of_rank_zero(device: torch.device) -> int:
-    """A seed for random ops, the same on every rank; collective."""
-    return int(as_on_rank_zero(torch.tensor(torch.initial_seed() % 2**31), device))
 
 
 def _wrap_all(body: Body, groups: list[tuple[Travels, ParameterGroup]], stored: dict[str, Stored],

@@ -23,6 +23,8 @@ Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
 COMPUTE_DTYPE: dict[str, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16,
 }
+Stored = Literal["by factor", "plain"]
+"""The shapes parameters rest in: those in which the most can be cut plainly, or the model's own."""
 Kind = Literal["parameter", "buffer", "input", "constant"]
 Returns = Literal["loss", "all"]
 
@@ -53,6 +55,7 @@ class Program:
     notes: tuple[str, ...] = ()
     returns: Returns = "loss"
     lying: frozenset[int] = frozenset()
+    stored: Stored = "by factor"
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`."""

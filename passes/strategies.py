@@ -177,7 +177,8 @@ def storage_dims(factored: Factored, node: fx.Node) -> tuple[tuple[int, ...], ..
     """The dims a parameter is stored in, as positions of its flat factors.
 
     A dim of a matrix whose leading factors only number the parts of a split is stored unflattened, so that the
-    factor behind them is sharded plainly: GPT-2's (768, 3·heads·dim) rests as (768, 3, heads·dim).
+    factor behind them is sharded plainly: GPT-2's (768, 3·heads·dim) rests as (768, 3, heads·dim). Where shapes are
+    kept no dim is, and what would be cut in it by a factor further in rests otherwise.
     """
     stored: list[tuple[int, ...]] = []
     place = 0
@@ -185,7 +186,7 @@ def storage_dims(factored: Factored, node: fx.Node) -> tuple[tuple[int, ...], ..
         positions = tuple(range(place, place + len(dim)))
         place += len(dim)
         leading = sum(1 for _ in itertools.takewhile(lambda f: f in factored.selected, dim))
-        unflattened = len(factored.dims[node]) > 1 and 0 < leading < len(dim)
+        unflattened = len(factored.dims[node]) > 1 and 0 < leading < len(dim) and factored.program.stored != "plain"
         stored += [positions[:leading], positions[leading:]] if unflattened else [positions]
     return tuple(stored)
 

@@ -127,6 +127,22 @@ def test_resumed_run_is_the_uninterrupted_one(pool: Pools, tmp_path: Path, job: 
     assert abs(expected[0] - expected[-1]) > 100 * TOLERANCE
 
 
+WAYS = (Way("ddp", 1), Way("zero2", 2), Way("1d", 4), Way("zero+1d", 4, (2, 2)), Way("ddp", 2), Way("zero3", 4),
+        Way("2d", 4, (2, 2)), Way("1d", 2), Way("zero2", 4), Way("ddp", 4), Way("zero3", 2), Way("auto", 4, (2, 2)))
+APART = (1, 4, 5, 6, 9)
+"""How far ahead in WAYS those are that a run is resumed under."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", range(len(WAYS)), ids=lambda place: str(WAYS[place]))
+def test_every_mode_on_every_rank_count(pool: Pools, tmp_path: Path, place: int) -> None:
+    before = WAYS[place]
+    expected = pool(before.world_size).run(first_part, Job(), before, str(tmp_path))[0]
+    for after in (WAYS[(place + apart) % len(WAYS)] for apart in APART):
+        for found in pool(after.world_size).run(second_part, Job(), after, str(tmp_path)):
+            assert found == pytest.approx(expected, abs=TOLERANCE), str(after)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("at", "warm"), [(0, 0), (0, 2), (BREAK, 2)], ids=str)
 def test_optimizer_before_and_after_its_first_step(pool: Pools, tmp_path: Path, optimizer: str, at: int,

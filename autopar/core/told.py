@@ -13,3 +13,8 @@ def told(value: object) -> str:
     except Exception:
         text = "a value that can't be printed"
     return f"{text if len(text) <= MOST else text[:MOST - 3] + '...'}, of type {type(value).__name__}"
+
+
+def some(names: list[str]) -> str:
+    """The first of `names` and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,8 @@ def test_a_fused_projection_is_parts_by_heads_by_dim() -> None:
     assert found.dims[query][1] == (heads,)
     assert storage_dims(found, weight) == ((0,), (1,), (2, 3))
     assert storage_dims(found, node(found, "p_held2")) == ((0, 1, 2),)
+    kept = replace(found, program=replace(found.program, stored="plain"))
+    assert storage_dims(kept, weight) == ((0,), (1, 2, 3))
 
 
 @pytest.mark.parametrize(("call", "shape", "expected"), [
