@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,11 +19,29 @@ from autopar.codegen.executable import Executable
 from autopar.core.errors import AutoparError
 from tests.builders import Case, gpt2, mlp, quick, resnet
 from tests.families import as_written, family
+from tests.pool import Pool
 from tests.test_exactness import TOLERANCE, gradient_errors, whole
 
 MODELS: dict[str, Callable[[], Case]] = {
     "mlp": mlp, "gpt2": gpt2, "resnet": resnet, "bert": lambda: family("bert"), "llama": lambda: family("llama"),
     "gpt2 with dropout": lambda: gpt2(dropout=0.1), "bert with dropout": lambda: as_written("bert")}
+
+
+PATIENCE = 900.0
+"""Seconds: Inductor takes a minute and more for the C++ of some models, and others may want the processor too."""
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[Callable[[int], Pool]]:
+    """As `pool`, with more time for one run."""
+    pools: dict[int, Pool] = {}
+
+    def get(world_size: int) -> Pool:
+        return pools.setdefault(world_size, Pool(world_size, PATIENCE))
+
+    yield get
+    for started in pools.values():
+        started.close()
 
 
 def made(case: Case, world_size: int, compiler: Compiler, **options: Any) -> nn.Module:
@@ -90,16 +108,18 @@ def check(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tup
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(PATIENCE)
 @pytest.mark.parametrize(("name", "world_size", "options"), [
-    ("mlp", 2, {"mode": "zero3"}),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+    pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("mlp", 2, {"mode": "zero3"}),
         ("gpt2 with dropout", 2, {"mode": "zero2"}), ("gpt2 with dropout", 2, {"mode": "1d"}),
         ("resnet", 2, {"mode": "ddp"}), ("bert", 2, {"mode": "sequence"}), ("bert with dropout", 2, {"mode": "auto"}),
         ("llama", 2, {"mode": "auto"}), ("gpt2", 4, {"mode": "zero+1d", "mesh": (2, 2)}),
-        ("gpt2", 4, {"mode": "2d", "mesh": (2, 2)})]),
+        ("gpt2", 4, {"mode": "2d", "mesh": (2, 2)})]
 ], ids=str)
-def test_a_compiled_step_is_the_plain_models(pool: Any, name: str, world_size: int, options: dict[str, Any]) -> None:
-    for loss_error, gradient_error, buffer_error, (compiled, distinct) in pool(world_size).run(check, name, options):
+def test_a_compiled_step_is_the_plain_models(patient: Any, name: str, world_size: int,
+                                             options: dict[str, Any]) -> None:
+    for loss_error, gradient_error, buffer_error, (compiled, distinct) in patient(world_size).run(check, name, options):
         assert loss_error <= TOLERANCE
         assert gradient_error <= TOLERANCE
         assert buffer_error <= TOLERANCE
@@ -135,12 +155,13 @@ def looped(rank: int, world_size: int, options: dict[str, Any]) -> tuple[list[fl
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(PATIENCE)
 @pytest.mark.parametrize(("options", "tolerance"), [
     ({"mode": "1d"}, TOLERANCE), pytest.param({"mode": "zero3"}, TOLERANCE, marks=pytest.mark.slow),
     pytest.param({"mode": "zero2", "precision": "bf16-mixed"}, 2e-2, marks=pytest.mark.slow),
 ], ids=str)
-def test_a_loop_with_accumulation_and_evaluation(pool: Any, options: dict[str, Any], tolerance: float) -> None:
-    for found, expected, (training, evaluation) in pool(2).run(looped, options):
+def test_a_loop_with_accumulation_and_evaluation(patient: Any, options: dict[str, Any], tolerance: float) -> None:
+    for found, expected, (training, evaluation) in patient(2).run(looped, options):
         assert found == pytest.approx(expected, abs=tolerance)
         assert training[0] == training[1] and evaluation[0] == evaluation[1]
 
