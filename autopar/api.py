@@ -70,8 +70,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     omitted, shapes tell. `loss_fn(output, target)` makes a loss of a model that returns none: its target is the last
     positional argument of a call. A `plan`, or the path of one that rank 0 can read, skips solving. `compiler` is
     "inductor", which compiles each class of equal segments once, in the first step, or "eager", which runs them as they
-    are, for debugging; the default is "inductor" on GPUs that Triton knows and "eager" on CPUs, where compiling even tiny
-    models takes a minute. All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
+    are, for debugging; the default is "inductor" on GPUs that Triton knows and "eager" on CPUs, where to compile even
+    tiny models takes a minute. All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None]:
         if batch is not None:

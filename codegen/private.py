@@ -60,6 +60,18 @@ def unaliased(x: Tensor) -> Tensor:
     return x.clone() if _functional_collectives._are_we_tracing() else x
 
 
+def only_if(here: bool, x: Tensor) -> Tensor:
+    """`x` if it counts on this rank, else zeros; contiguous.
+
+    Traced programs read `x` on all ranks: where nothing does, the collectives that made it would be dropped as dead
+    code, and other ranks would wait in theirs.
+    """
+    if _functional_collectives._are_we_tracing():
+        counts = torch.full((), here, dtype=torch.bool, device=x.device)
+        return torch.where(counts, x, torch.zeros((), dtype=x.dtype, device=x.device)).contiguous()
+    return x.contiguous() if here else torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
 def _wait(x: Any) -> Tensor:
     finished: Tensor = _OPS.wait_tensor(x)
     return finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import autopar
 from autopar.codegen import private
@@ -18,6 +19,7 @@ from autopar.codegen.compiled import CompiledSegment, Compiler, Progress, compil
 from autopar.codegen.executable import Executable
 from autopar.core.errors import AutoparError
 from tests.builders import Case, gpt2, mlp, quick, resnet
+from tests.codegen.test_parameters import any_plan
 from tests.families import as_written, family
 from tests.pool import Pool
 from tests.test_exactness import TOLERANCE, gradient_errors, whole
@@ -83,15 +85,43 @@ def eager_step(case: Case, world_size: int, options: dict[str, Any]) -> tuple[fl
     return float(loss.detach()), plain
 
 
-def check(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[float, float, float, Any]:
-    """(loss error, worst gradient error, worst buffer error, counts) of the second compiled step from the same state.
+@contextlib.contextmanager
+def recorded(into: list[list[Any]]) -> Iterator[None]:
+    """Inside, the collectives of each graph that Inductor compiles are noted: op, shape, group."""
+    from torch._functorch import config
+    from torch._inductor import compile_fx
+    inner = compile_fx.compile_fx_inner
 
-    The first one compiles; both have to do the same.
+    def noting(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        nodes = [n for n in graph.graph.nodes if "_c10d_functional" in str(n.target) and "wait" not in str(n.target)]
+        into.append([(str(n.target), tuple(n.meta["val"].shape), n.args[-1]) for n in nodes])
+        return inner(graph, *args, **kwargs)
+
+    compile_fx.compile_fx_inner = noting
+    try:
+        with config.patch(enable_autograd_cache=False):  # what is found there is not compiled
+            yield
+    finally:
+        compile_fx.compile_fx_inner = inner
+
+
+def in_axes(graphs: list[list[Any]], model: nn.Module) -> list[list[Any]]:
+    """Collectives with the axes of their groups, whose names differ between ranks."""
+    groups = model._site.communicator.groups
+    axes = {group.name: axes for axes, group in reversed(groups.items())}
+    return [[(op, shape, axes[name]) for op, shape, name in graph] for graph in graphs]
+
+
+def check(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[float, float, float, Any, Any]:
+    """(loss error, worst gradient error, worst buffer error, counts, collectives) of a step that was compiled before.
+
+    The first step compiles; the second one starts from the same state and has to do the same.
     """
-    case = MODELS[name]()
+    case, graphs = MODELS[name](), []
     model = made(case, world_size, "inductor", **options)
     state, drawn = copy.deepcopy(model.state_dict()), model.random_state()
-    first = case.call(model)
+    with recorded(graphs):
+        first = case.call(model)
     first.backward()
     model.zero_grad()
     model.load_state_dict(state)
@@ -104,7 +134,8 @@ def check(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tup
     moved = max((float((b.float() - r.float()).abs().max()) for (_, b), (_, r) in buffers), default=0.0)
     assert float(first.detach()) == float(loss.detach())
     (executable,) = model._batches.known.values()
-    return abs(float(loss.detach()) - step[0]), max(gradient_errors(model, step[1]).values()), moved, counts(executable)
+    return (abs(float(loss.detach()) - step[0]), max(gradient_errors(model, step[1]).values()), moved,
+            counts(executable), in_axes(graphs, model))
 
 
 @pytest.mark.dist
@@ -119,11 +150,24 @@ def check(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tup
 ], ids=str)
 def test_a_compiled_step_is_the_plain_models(patient: Any, name: str, world_size: int,
                                              options: dict[str, Any]) -> None:
-    for loss_error, gradient_error, buffer_error, (compiled, distinct) in patient(world_size).run(check, name, options):
+    found = patient(world_size).run(check, name, options)
+    for loss_error, gradient_error, buffer_error, (compiled, distinct), collectives in found:
         assert loss_error <= TOLERANCE
         assert gradient_error <= TOLERANCE
         assert buffer_error <= TOLERANCE
         assert compiled == distinct
+        assert len(collectives) == 2 * distinct
+        assert collectives == found[0][-1], "ranks would wait in different collectives"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(PATIENCE)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_plan_has_the_same_collectives_on_all_ranks(patient: Any, seed: int) -> None:
+    """Among them plans in which a value counts on some ranks and is zeros on others."""
+    plan = any_plan(mlp(), (2, 2), seed)
+    test_a_compiled_step_is_the_plain_models(patient, "mlp", 4, {"plan": plan})
 
 
 def loop(model: nn.Module, case: Case, call: Callable[[nn.Module], Tensor]) -> list[float]:
