@@ -86,8 +86,8 @@ COMPILERS: dict[Compiler, Callable[[Executable], Executable]] = {"inductor": by_
 def compiler_for(device: torch.device, asked: Compiler | None) -> Compiler:
     """The compiler that is asked for, else the default of the device. Raises AutoparError where it can't run.
 
-    Inductor writes Triton for GPUs. On CPU ranks, where it writes C++ and compiles for longer than a test or a demo
-    trains, the default is "eager".
+    Inductor writes Triton for GPUs. For CPUs it writes C++, to compile which takes longer than a test or a demo trains:
+    the default there is "eager".
     """
     usable = device.type != "cuda" or private.triton_is_usable()
     if asked == "inductor" and not usable:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from autopar.codegen.parameters import Stored, local, submesh
+from autopar.codegen.parameters import Stored, locals_of, submesh
 from autopar.core.mesh import Mesh
 
 # A segment may hand on a view (a reshaped result); nothing here ever writes in place to what a module returns.
@@ -36,7 +36,8 @@ class ParameterGroup(nn.Module):
 
     def forward(self, run: Continuation, held: dict[str, Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
         """`run` with the parameters held so far and this group's; `inputs` tell FSDP2 when the backward ends."""
-        return run(held | {name: local(self.parameter(name)) for name in self.names}, *inputs)
+        parts = locals_of([self.parameter(name) for name in self.names])
+        return run(held | dict(zip(self.names, parts, strict=True)), *inputs)
 
     def parameter(self, name: str) -> Tensor:
         """The parameter called `name`, gathered while inside `forward`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from autopar.codegen import private
 from autopar.core.mesh import Mesh
 from autopar.passes.strategies import Storage, gather_dim
 
@@ -73,9 +76,28 @@ def whole_everywhere(parameter: nn.Parameter, kind: str) -> nn.Parameter:
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
-def local(parameter: Tensor) -> Tensor:
-    """This rank's part, differentiable."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+class _Locals(torch.autograd.Function):
+    """The local tensors of DTensors, together: one node of autograd's graph where `to_local` makes one for each."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: DTensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.specs = tuple(map(private.spec_of, parameters))
+        return tuple(parameter.to_local().detach() for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[DTensor | None, ...]:
+        return tuple(None if grad is None else private.distributed(grad.contiguous(), spec)
+                     for grad, spec in zip(grads, ctx.specs, strict=True))
+
+
+def locals_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each, differentiable."""
+    live = torch.is_grad_enabled()
+    trained = [p for p in parameters if live and isinstance(p, DTensor) and p.requires_grad]
+    parts = iter(_Locals.apply(*trained) if trained else ())  # type: ignore[no-untyped-call]
+    return [p if not isinstance(p, DTensor) else next(parts) if live and p.requires_grad else p.to_local()
+            for p in parameters]
 
 
 def to_plain(parameter: Tensor, stored: Stored) -> Tensor:

@@ -48,7 +48,7 @@ def slice_(x: Tensor, group: Group, dim: int) -> Tensor:
 
 def mask(x: Tensor, group: Group) -> Tensor:
     """`x` on index 0 and zeros elsewhere, which sum to `x`."""
-    return x.contiguous() if group.index == 0 else torch.zeros_like(x, memory_format=torch.contiguous_format)
+    return private.only_if(group.index == 0, x)
 
 
 def pad(x: Tensor, group: Group, dim: int) -> Tensor:

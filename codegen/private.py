@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.distributed import _functional_collectives
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -64,9 +65,38 @@ def unaliased(x: Tensor) -> Tensor:
     return x.clone() if _functional_collectives._are_we_tracing() else x
 
 
+def only_if(here: bool, x: Tensor) -> Tensor:
+    """`x` if it counts on this rank, else zeros; contiguous.
+
+    Traced programs read `x` on all ranks: where nothing does, the collectives that made it would be dropped as dead
+    code, and other ranks would wait in theirs.
+    """
+    if _functional_collectives._are_we_tracing():
+        counts = torch.full((), here, dtype=torch.bool, device=x.device)
+        return torch.where(counts, x, torch.zeros((), dtype=x.dtype, device=x.device)).contiguous()
+    return x.contiguous() if here else torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
 def _wait(x: Any) -> Tensor:
     finished: Tensor = _OPS.wait_tensor(x)
     return finished
+
+
+def spec_of(tensor: DTensor) -> Any:
+    """How a DTensor lies, as torch keeps it."""
+    return tensor._spec
+
+
+def distributed(local: Tensor, spec: Any) -> DTensor:
+    """The DTensor of `spec` whose part here is the contiguous `local`; differentiable in a backward that is itself.
+
+    `DTensor.from_local` works the spec out anew, in eight times the time of the constructor, which is the same in both
+    versions.
+    """
+    if torch.is_grad_enabled():
+        return DTensor.from_local(local, spec.mesh, spec.placements, run_check=False, shape=spec.shape,
+                                  stride=spec.stride)
+    return DTensor(local, spec, requires_grad=False)
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import autopar
 from autopar.codegen import private
@@ -18,12 +19,31 @@ from autopar.codegen.compiled import CompiledSegment, Compiler, Progress, compil
 from autopar.codegen.executable import Executable
 from autopar.core.errors import AutoparError
 from tests.builders import Case, gpt2, mlp, quick, resnet
+from tests.codegen.test_parameters import any_plan
 from tests.families import as_written, family
+from tests.pool import Pool
 from tests.test_exactness import TOLERANCE, gradient_errors, whole
 
 MODELS: dict[str, Callable[[], Case]] = {
     "mlp": mlp, "gpt2": gpt2, "resnet": resnet, "bert": lambda: family("bert"), "llama": lambda: family("llama"),
     "gpt2 with dropout": lambda: gpt2(dropout=0.1), "bert with dropout": lambda: as_written("bert")}
+
+
+PATIENCE = 900.0
+"""Seconds: Inductor takes a minute and more for the C++ of some models, and others may want the processor too."""
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[Callable[[int], Pool]]:
+    """As `pool`, with more time for one run."""
+    pools: dict[int, Pool] = {}
+
+    def get(world_size: int) -> Pool:
+        return pools.setdefault(world_size, Pool(world_size, PATIENCE))
+
+    yield get
+    for started in pools.values():
+        started.close()
 
 
 def made(case: Case, world_size: int, compiler: Compiler, **options: Any) -> nn.Module:
@@ -65,15 +85,43 @@ def eager_step(case: Case, world_size: int, options: dict[str, Any]) -> tuple[fl
     return float(loss.detach()), plain
 
 
-def check(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[float, float, float, Any]:
-    """(loss error, worst gradient error, worst buffer error, counts) of the second compiled step from the same state.
+@contextlib.contextmanager
+def recorded(into: list[list[Any]]) -> Iterator[None]:
+    """Inside, the collectives of each graph that Inductor compiles are noted: op, shape, group."""
+    from torch._functorch import config
+    from torch._inductor import compile_fx
+    inner = compile_fx.compile_fx_inner
 
-    The first one compiles; both have to do the same.
+    def noting(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        nodes = [n for n in graph.graph.nodes if "_c10d_functional" in str(n.target) and "wait" not in str(n.target)]
+        into.append([(str(n.target), tuple(n.meta["val"].shape), n.args[-1]) for n in nodes])
+        return inner(graph, *args, **kwargs)
+
+    compile_fx.compile_fx_inner = noting
+    try:
+        with config.patch(enable_autograd_cache=False):  # what is found there is not compiled
+            yield
+    finally:
+        compile_fx.compile_fx_inner = inner
+
+
+def in_axes(graphs: list[list[Any]], model: nn.Module) -> list[list[Any]]:
+    """Collectives with the axes of their groups, whose names differ between ranks."""
+    groups = model._site.communicator.groups
+    axes = {group.name: axes for axes, group in reversed(groups.items())}
+    return [[(op, shape, axes[name]) for op, shape, name in graph] for graph in graphs]
+
+
+def check(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[float, float, float, Any, Any]:
+    """(loss error, worst gradient error, worst buffer error, counts, collectives) of a step that was compiled before.
+
+    The first step compiles; the second one starts from the same state and has to do the same.
     """
-    case = MODELS[name]()
+    case, graphs = MODELS[name](), []
     model = made(case, world_size, "inductor", **options)
     state, drawn = copy.deepcopy(model.state_dict()), model.random_state()
-    first = case.call(model)
+    with recorded(graphs):
+        first = case.call(model)
     first.backward()
     model.zero_grad()
     model.load_state_dict(state)
@@ -86,24 +134,40 @@ def check(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tup
     moved = max((float((b.float() - r.float()).abs().max()) for (_, b), (_, r) in buffers), default=0.0)
     assert float(first.detach()) == float(loss.detach())
     (executable,) = model._batches.known.values()
-    return abs(float(loss.detach()) - step[0]), max(gradient_errors(model, step[1]).values()), moved, counts(executable)
+    return (abs(float(loss.detach()) - step[0]), max(gradient_errors(model, step[1]).values()), moved,
+            counts(executable), in_axes(graphs, model))
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(PATIENCE)
 @pytest.mark.parametrize(("name", "world_size", "options"), [
-    ("mlp", 2, {"mode": "zero3"}),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+    pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("mlp", 2, {"mode": "zero3"}),
         ("gpt2 with dropout", 2, {"mode": "zero2"}), ("gpt2 with dropout", 2, {"mode": "1d"}),
         ("resnet", 2, {"mode": "ddp"}), ("bert", 2, {"mode": "sequence"}), ("bert with dropout", 2, {"mode": "auto"}),
         ("llama", 2, {"mode": "auto"}), ("gpt2", 4, {"mode": "zero+1d", "mesh": (2, 2)}),
-        ("gpt2", 4, {"mode": "2d", "mesh": (2, 2)})]),
+        ("gpt2", 4, {"mode": "2d", "mesh": (2, 2)})]
 ], ids=str)
-def test_a_compiled_step_is_the_plain_models(pool: Any, name: str, world_size: int, options: dict[str, Any]) -> None:
-    for loss_error, gradient_error, buffer_error, (compiled, distinct) in pool(world_size).run(check, name, options):
+def test_a_compiled_step_is_the_plain_models(patient: Any, name: str, world_size: int,
+                                             options: dict[str, Any]) -> None:
+    found = patient(world_size).run(check, name, options)
+    for loss_error, gradient_error, buffer_error, (compiled, distinct), collectives in found:
         assert loss_error <= TOLERANCE
         assert gradient_error <= TOLERANCE
         assert buffer_error <= TOLERANCE
         assert compiled == distinct
+        assert len(collectives) == 2 * distinct
+        assert collectives == found[0][-1], "ranks would wait in different collectives"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(PATIENCE)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_plan_has_the_same_collectives_on_all_ranks(patient: Any, seed: int) -> None:
+    """Among them plans in which a value counts on some ranks and is zeros on others."""
+    plan = any_plan(mlp(), (2, 2), seed)
+    test_a_compiled_step_is_the_plain_models(patient, "mlp", 4, {"plan": plan})
 
 
 def loop(model: nn.Module, case: Case, call: Callable[[nn.Module], Tensor]) -> list[float]:
@@ -135,12 +199,13 @@ def looped(rank: int, world_size: int, options: dict[str, Any]) -> tuple[list[fl
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(PATIENCE)
 @pytest.mark.parametrize(("options", "tolerance"), [
     ({"mode": "1d"}, TOLERANCE), pytest.param({"mode": "zero3"}, TOLERANCE, marks=pytest.mark.slow),
     pytest.param({"mode": "zero2", "precision": "bf16-mixed"}, 2e-2, marks=pytest.mark.slow),
 ], ids=str)
-def test_a_loop_with_accumulation_and_evaluation(pool: Any, options: dict[str, Any], tolerance: float) -> None:
-    for found, expected, (training, evaluation) in pool(2).run(looped, options):
+def test_a_loop_with_accumulation_and_evaluation(patient: Any, options: dict[str, Any], tolerance: float) -> None:
+    for found, expected, (training, evaluation) in patient(2).run(looped, options):
         assert found == pytest.approx(expected, abs=tolerance)
         assert training[0] == training[1] and evaluation[0] == evaluation[1]
 

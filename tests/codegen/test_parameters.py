@@ -185,3 +185,23 @@ def seeds(rank: int, world_size: int) -> dict[str, int]:
 def test_all_ranks_draw_dropout_from_one_seed(pool: Pools) -> None:
     first, second = pool(2).run(seeds)
     assert first == second
+
+
+def frozen(rank: int, world_size: int, mode: str) -> list[float]:
+    """Gradient errors of a model some parameters of which are not trained."""
+    case = builders.mlp()
+    for name, parameter in case.model.named_parameters():
+        parameter.requires_grad_(name not in ("0.0.weight", "0.0.bias", "1.2.bias"))
+    plain = copy.deepcopy(case.model)
+    case.plain_loss(plain).backward()
+    model = compiled(case, world_size, mode=mode)
+    case.call(model).backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert {name for name, grad in grads.items() if grad is None} == {"0.0.weight", "0.0.bias", "1.2.bias"}
+    return [float((whole(grads[name]) - parameter.grad).abs().max()) for name, parameter in plain.named_parameters()
+            if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "1d"])
+def test_parameters_that_are_not_trained(pool: Pools, mode: str) -> None:
+    assert max(max(errors) for errors in pool(2).run(frozen, mode)) <= 1e-6
