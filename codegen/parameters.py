@@ -137,7 +137,7 @@ def load_plain(parameter: Tensor, stored: Stored, value: Tensor) -> None:
     """
     full = value.full_tensor() if isinstance(value, DTensor) else value
     full = full.detach().reshape(stored.stored_shape)
-    part, place = own_part(full, parameter), local(parameter.detach())
+    part, place = own_part(full, parameter), locals_of([parameter.detach()])[0]
     assert part.shape == place.shape, f"{stored.name}: the part is {part.shape}, its place {place.shape}"
     place.copy_(part)
 
