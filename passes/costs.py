@@ -16,7 +16,7 @@ from torch import fx
 
 from autopar.core.device import Device, Dtype, Flops
 from autopar.core.errors import UnknownName
-from autopar.passes.rules.table import argument
+from autopar.passes.rules.nodes import argument
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]

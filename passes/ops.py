@@ -18,8 +18,9 @@ from torch import fx
 from autopar.passes.factors import SPLITS, Factored
 from autopar.passes.functional import is_update, value_of
 from autopar.passes.modes import Role
+from autopar.passes.rules.nodes import shape, tensor_operands
 from autopar.passes.rules.notation import is_unit
-from autopar.passes.rules.table import CONTRACTIONS, is_pointwise, shape, tensor_operands
+from autopar.passes.rules.table import CONTRACTIONS, is_pointwise
 
 aten = torch.ops.aten
 

@@ -9,30 +9,12 @@ import torch
 from torch import fx
 
 from autopar.passes.functional import value_of
+from autopar.passes.rules.losses import cross_entropy
+from autopar.passes.rules.nodes import argument, shape, tensor_operands
 from autopar.passes.rules.notation import Rule, letters, rule
 
 aten = torch.ops.aten
 RuleMaker = Callable[[fx.Node], Rule | None]
-_REDUCTION_MEAN = 1
-
-
-def tensor_operands(node: fx.Node) -> list[fx.Node]:
-    """The tensor arguments of `node` in order of appearance, repeated if passed twice."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) if value_of(n) is not None else None)
-    return found
-
-
-def shape(node: Any) -> tuple[int, ...]:
-    """The global shape of the tensor `node` makes."""
-    value = value_of(node)
-    assert value is not None, f"{node} makes no tensor"
-    return tuple(value.shape)
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    """An argument given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def pointwise(node: fx.Node) -> Rule | None:
@@ -73,8 +55,12 @@ def _convolution(node: fx.Node) -> Rule | None:
 
 
 def _embedding(node: fx.Node) -> Rule | None:
-    """A gradient scaled by how often an index occurs in the batch wants the whole batch."""
-    return None if argument(node, 3, "scale_grad_by_freq", False) else rule("v d, ... -> ... d", whole="v")
+    """Ranks look up the rows of the table that they have, zeros for others.
+
+    A gradient scaled by how often an index occurs in the batch wants the whole batch, a sparse one can't be cut.
+    """
+    by_frequency, sparse = argument(node, 3, "scale_grad_by_freq", False), argument(node, 4, "sparse", False)
+    return None if by_frequency or sparse else rule("v d, ... -> ... d", special="v")
 
 
 def _layer_norm(node: fx.Node) -> Rule | None:
@@ -104,15 +90,6 @@ def _mask_letters(mask: tuple[int, ...], query: tuple[int, ...], keys: int) -> s
     names, sizes = ("b", "h", "q", "k"), (*query[:3], keys)
     offset = 4 - len(mask)
     return " ".join(names[offset + i] if size == sizes[offset + i] else "1" for i, size in enumerate(mask))
-
-
-def _cross_entropy(node: fx.Node) -> Rule | None:
-    """Rows may be sharded under a mean: (partial sum, whole count); classes are whole."""
-    logits, weight = shape(node.args[0]), argument(node, 2, "weight", None)
-    plain = len(logits) == 2 and len(shape(node.args[1])) == 1 and weight is None
-    if not plain or argument(node, 3, "reduction", _REDUCTION_MEAN) != _REDUCTION_MEAN:
-        return None
-    return rule("t c, t -> ", whole="c", special="t")
 
 
 def _pooling(node: fx.Node) -> Rule | None:
@@ -221,7 +198,7 @@ RULES: dict[Any, Rule | RuleMaker] = {
     aten.layer_norm.default: _layer_norm,
     aten.batch_norm.default: _batch_norm,
     aten.scaled_dot_product_attention.default: _attention,
-    aten.cross_entropy_loss.default: _cross_entropy,
+    aten.cross_entropy_loss.default: cross_entropy,
     aten.max_pool2d.default: _pooling,
     aten.avg_pool2d.default: _pooling,
     aten.adaptive_avg_pool2d.default: _pooling,

@@ -187,15 +187,32 @@ def attention_cases() -> Iterator[Any]:
 
 def loss_cases() -> Iterator[Any]:
     op, call = aten.cross_entropy_loss.default, F.cross_entropy
-    yield case("cross_entropy", "t", op, call, x(8, 4), i(4, 8))
-    yield case("cross_entropy ignoring", "t", op, call, x(8, 4), targets(8, 4))
-    yield case("cross_entropy ignoring a class", "t", op, lambda *o: call(*o, ignore_index=2), x(8, 4), i(4, 8))
-    yield case("cross_entropy smoothed", "t", op, lambda *o: call(*o, label_smoothing=0.2), x(8, 4), targets(8, 4))
-    yield case("cross_entropy summed", "", op, lambda *o: call(*o, reduction="sum"), x(8, 4), targets(8, 4))
-    yield case("cross_entropy by row", "", op, lambda *o: call(*o, reduction="none"), x(8, 4), targets(8, 4))
-    yield case("cross_entropy weighted", "", op, lambda t, y, v: call(t, y, v.exp()), x(8, 4), targets(8, 4), b(4))
-    yield case("cross_entropy of maps", "", op, call, x(4, 8, 4), i(8, 4, 4))
-    yield case("cross_entropy of probabilities", "", op, call, x(8, 4), x(8, 4))
+
+    def loss(**options: Any) -> Callable[..., Tensor]:
+        return lambda *o: call(*o, **options)
+
+    maps, mapped = x(2, 8, 2, 2), lambda g: targets(8, 8)(g).view(2, 2, 2)
+    yield case("cross_entropy", "t c", op, call, x(8, 4), i(4, 8))
+    yield case("cross_entropy ignoring", "t c", op, call, x(8, 4), targets(8, 4))
+    yield case("cross_entropy ignoring a class", "t c", op, loss(ignore_index=2), x(8, 4), i(4, 8))
+    yield case("cross_entropy smoothed", "t c", op, loss(label_smoothing=0.2), x(8, 8), targets(8, 8))
+    yield case("cross_entropy summed", "t c", op, loss(reduction="sum"), x(8, 4), targets(8, 4))
+    yield case("cross_entropy by row", "t c", op, loss(reduction="none", label_smoothing=0.1), x(8, 8), targets(8, 8))
+    yield case("cross_entropy of many classes", "t_0 t_1 c_0 c_1", op, lambda t, y: call(t.reshape(16, 16), y.view(16)),
+               x(4, 4, 4, 4), i(16, 4, 4))
+    yield case("cross_entropy weighted", "t", op, loss_weighted, x(8, 4), targets(8, 4), b(4))
+    yield case("cross_entropy weighted by row", "t", op, loss(reduction="none"), x(8, 4), targets(8, 4), b(4))
+    yield case("cross_entropy of maps", "t c s0 s1", op, call, maps, mapped)
+    yield case("cross_entropy of maps weighted and smoothed", "t s0 s1", op, loss_weighted, maps, mapped, b(8))
+    yield case("cross_entropy of maps by row", "t c s0 s1", op, loss(reduction="none"), maps, mapped)
+    yield case("cross_entropy of probabilities", "t", op, call, x(8, 4), x(8, 4))
+    yield case("cross_entropy of summed probabilities", "t", op, loss(reduction="sum", label_smoothing=0.1), x(8, 4),
+               x(8, 4))
+    yield case("cross_entropy of a row", "", op, call, x(8), i(8))
+
+
+def loss_weighted(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target, weight, label_smoothing=0.1)
 
 
 def shape_cases() -> Iterator[Any]:
@@ -287,8 +304,10 @@ def cluster_cases() -> Iterator[Any]:
 
 def other_cases() -> Iterator[Any]:
     embed = aten.embedding.default
-    yield case("embedding", "d e0 e1", embed, lambda t, v: F.embedding(t, v), i(8, 4, 3), w(8, 8))
-    yield case("embedding with padding", "d e0 e1", embed, lambda t, v: F.embedding(t, v, 1), i(8, 4, 4), w(8, 8))
+    yield case("embedding", "v d e0 e1", embed, lambda t, v: F.embedding(t, v), i(8, 4, 3), w(8, 8))
+    yield case("embedding with padding", "v d e0 e1", embed, lambda t, v: F.embedding(t, v, 5), i(8, 4, 4), w(8, 8))
+    yield case("embedding with an input for table", "v_0 v_1 d e0", embed,
+               lambda t, v: F.embedding(t, v.reshape(16, 4)), i(16, 4), x(4, 4, 4))
     yield case("embedding by frequency", "", embed, lambda t, v: F.embedding(t, v, scale_grad_by_freq=True), i(3, 8),
                w(3, 8))
     yield case("softmax", "o0 o1", aten.softmax.int, lambda t: t.softmax(-1), x(4, 4, 4))
