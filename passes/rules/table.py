@@ -57,10 +57,14 @@ def _convolution(node: fx.Node) -> Rule | None:
 def _embedding(node: fx.Node) -> Rule | None:
     """Ranks look up the rows of the table that they have, zeros for others.
 
+    Not of a table of positions, whose places are known: it is small, and more ways to cut it are only more to search.
     A gradient scaled by how often an index occurs in the batch wants the whole batch, a sparse one can't be cut.
     """
     by_frequency, sparse = argument(node, 3, "scale_grad_by_freq", False), argument(node, 4, "sparse", False)
-    return None if by_frequency or sparse else rule("v d, ... -> ... d", special="v")
+    if by_frequency or sparse:
+        return None
+    known = node.args[1].meta.get("constant", False)  # type: ignore[union-attr]
+    return rule("v d, ... -> ... d", whole="v") if known else rule("v d, ... -> ... d", special="v")
 
 
 def _layer_norm(node: fx.Node) -> Rule | None:

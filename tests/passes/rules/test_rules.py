@@ -25,7 +25,7 @@ from autopar.passes.ops import Op
 from autopar.passes.rules.table import RULES
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import assignments, storages
-from tests.programs import Call, prepared
+from tests.programs import Call, annotated, prepared
 from tests.simulator import Trial, assert_same, everything_differentiable, reference, simulated
 
 aten = torch.ops.aten
@@ -398,6 +398,11 @@ def test_shards_recombine_to_the_whole(case: Case, mesh: Mesh) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_factors_that_may_be_sharded(case: Case) -> None:
     assert {f.key for f in captured(case).op.factors if f.shardable} == set(case.factors.split())
+
+
+def test_a_table_of_positions_is_cut_by_columns_only() -> None:
+    found = annotated(lambda v: F.embedding(torch.arange(4), v), nn.Parameter(torch.randn(8, 8)))
+    assert {f.key for f in found.segmented.ops[-1].factors if f.shardable} == {"d", "e0"}
 
 
 def test_every_rule_has_a_case() -> None:
