@@ -7,6 +7,7 @@ is exchanged, never logits. Source: Shoeybi et al., "Megatron-LM" (2019), sectio
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +23,18 @@ from autopar.passes.rules.nodes import argument, shape
 from autopar.passes.strategies import axes_of
 
 
+@dataclass(frozen=True, slots=True)
 class Places:
-    """Which of a dim's numbers this rank has, and as which of its own; a dim may be cut in several factors."""
+    """Which of a dim's numbers this rank has, and as which of its own; the dim's factors, outermost first, are cut over
+    one group each."""
 
-    def __init__(self, site: Site, letter: str) -> None:
-        factors = factors_of(site.op, letter)
-        self.sizes = [f.size for f in factors]
-        self.groups = [site.group(axes_of(site.assignment, f.key)) for f in factors]
-        self.whole = math.prod(self.sizes)
+    sizes: tuple[int, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def whole(self) -> int:
+        """The size of the whole dim."""
+        return math.prod(self.sizes)
 
     def of(self, number: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each number of the whole is this rank's, and its place here, 0 where it is not.
@@ -47,8 +52,21 @@ class Places:
 
     def of_one(self, number: int) -> int:
         """The place of one number here, -1 where it is not."""
-        here, place = self.of(torch.tensor(number))
-        return int(place) if here else -1
+        place, stride = 0, self.whole
+        for size, group in zip(self.sizes, self.groups, strict=True):
+            stride //= size
+            part = size // group.size
+            own = number // stride % size - group.index * part
+            if not 0 <= own < part:
+                return -1
+            place = place * part + own
+        return place
+
+
+def _places(site: Site, letter: str) -> Places:
+    factors = factors_of(site.op, letter)
+    groups = (site.group(axes_of(site.assignment, f.key)) for f in factors)
+    return Places(tuple(f.size for f in factors), tuple(groups))
 
 
 class Embedding(nn.Module):
@@ -57,9 +75,9 @@ class Embedding(nn.Module):
     indices (…) of the whole table -> (…, D). Row `padding_idx` gets no gradient.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, places: Places) -> None:
         super().__init__()
-        self.places = Places(site, "v")
+        self.places = places
 
     def forward(self, weight: Tensor, indices: Tensor, padding_idx: int = -1, *_: Any) -> Tensor:
         here, place = self.places.of(indices)
@@ -72,7 +90,7 @@ class Embedding(nn.Module):
         return weight.new_empty((*indices.shape, weight.shape[1]))
 
 
-class _ClassesApart(torch.autograd.Function):
+class ClassesApart(torch.autograd.Function):
     """Cross entropy of each row over classes of which this rank has some; over all ranks of `group` they sum to it.
 
     The rank of the row's class brings (1 - s)·(log-sum-exp - its logit), s being the label smoothing, and each its
@@ -121,13 +139,13 @@ class CrossEntropy(nn.Module):
         super().__init__()
         self.rows, self.classes = rows, classes
         self.row_group, self.class_group = site.group(rows), site.group(classes)
-        self.places = Places(site, "c")
+        self.places = _places(site, "c")
 
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
                 ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
         reduced = "none" if reduction == NONE else "sum"
         if self.classes:
-            found: Tensor = _ClassesApart.apply(  # type: ignore[no-untyped-call]
+            found: Tensor = ClassesApart.apply(  # type: ignore[no-untyped-call]
                 logits, target, self.places, self.class_group, ignore_index, label_smoothing)
             loss = found if reduction == NONE else found.sum()
         else:
@@ -162,7 +180,7 @@ class CrossEntropy(nn.Module):
 
 def embedding(site: Site, _: int) -> nn.Module | None:
     """A lookup in a table cut by rows; None where it is whole."""
-    return Embedding(site) if site.axes("v") else None
+    return Embedding(_places(site, "v")) if site.axes("v") else None
 
 
 def cross_entropy(site: Site, _: int) -> nn.Module | None:
