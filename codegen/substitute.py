@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from autopar.codegen.batch_norm import Normalize, statistics
 from autopar.codegen.collectives import convert
 from autopar.codegen.site import Site
-from autopar.codegen.vocabulary import cross_entropy, embedding
+from autopar.codegen.vocabulary import cross_entropy, embedding, nll
 from autopar.core.reshard import Step
 from autopar.passes.exchanges import Exchange, running_exchanges, statistic_exchanges
 from autopar.passes.functional import value_of
@@ -208,6 +208,7 @@ SUBSTITUTES: dict[Any, Callable[[Site, int], nn.Module | None]] = {
     aten.cross_entropy_loss.default: cross_entropy,
     aten.dropout.default: Dropout,
     aten.embedding.default: embedding,
+    aten.nll_loss_nd.default: nll,
     aten.rand.default: Uniform,
     aten.scaled_dot_product_attention.default: _attention,
 }

@@ -7,6 +7,7 @@ is exchanged, never logits. Source: Shoeybi et al., "Megatron-LM" (2019), sectio
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,18 @@ def _wide(x: Tensor) -> Tensor:
     return x if wide_bytes(x.dtype) == x.dtype.itemsize else x.float()
 
 
+Plain = Callable[[Tensor, Tensor, Tensor | None, int, float], Tensor]
+"""(logits, target, weight, ignored target, smoothing) -> the loss of each row, of classes that are whole."""
+
+
+def _cross_entropies(logits: Tensor, target: Tensor, weight: Tensor | None, ignored: int, smoothing: float) -> Tensor:
+    return F.cross_entropy(logits, target, weight, ignore_index=ignored, reduction="none", label_smoothing=smoothing)
+
+
+def _likelihoods(logits: Tensor, target: Tensor, weight: Tensor | None, ignored: int, _: float) -> Tensor:
+    return F.nll_loss(logits, target, weight, ignore_index=ignored, reduction="none")
+
+
 class CrossEntropy(nn.Module):
     """Cross entropy of rows and classes that are cut: a partial sum over the axes of both.
 
@@ -135,22 +148,21 @@ class CrossEntropy(nn.Module):
     (T/n, C, …) probabilities; targets equal to `ignore_index` count nowhere, others by their class's `weight`.
     """
 
-    def __init__(self, rows: tuple[int, ...], classes: tuple[int, ...], site: Site) -> None:
+    def __init__(self, rows: tuple[int, ...], classes: tuple[int, ...], plain: Plain, site: Site) -> None:
         super().__init__()
-        self.rows, self.classes = rows, classes
+        self.rows, self.classes, self.plain = rows, classes, plain
         self.row_group, self.class_group = site.group(rows), site.group(classes)
         self.places = _places(site, "c")
 
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
                 ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
-        reduced = "none" if reduction == NONE else "sum"
         if self.classes:
-            found: Tensor = ClassesApart.apply(  # type: ignore[no-untyped-call]
+            loss: Tensor = ClassesApart.apply(  # type: ignore[no-untyped-call]
                 logits, target, self.places, self.class_group, ignore_index, label_smoothing)
-            loss = found if reduction == NONE else found.sum()
         else:
-            loss = F.cross_entropy(logits, target, weight, reduction=reduced, ignore_index=ignore_index,
-                                   label_smoothing=label_smoothing)
+            loss = self.plain(logits, target, weight, ignore_index, label_smoothing)
+        if reduction != NONE:
+            loss = _wide(loss).sum()
         if reduction == MEAN:
             loss = loss / self._count(logits, target, weight, ignore_index).to(loss.dtype)
         return loss.to(logits.dtype)
@@ -183,8 +195,13 @@ def embedding(site: Site, _: int) -> nn.Module | None:
     return Embedding(_places(site, "v")) if site.axes("v") else None
 
 
-def cross_entropy(site: Site, _: int) -> nn.Module | None:
-    """A cross entropy whose classes are cut, or whose rows are under a mean; None where the plain op is right."""
-    rows, classes = site.axes(*row_letters(len(shape(site.node.args[0])))), site.axes("c")
-    mean = argument(site.node, 3, "reduction", MEAN) == MEAN
-    return CrossEntropy(rows, classes, site) if classes or (rows and mean) else None
+def _loss(plain: Plain) -> Callable[[Site, int], nn.Module | None]:
+    """A loss whose classes are cut, or whose rows are under a mean; None where the plain op is right."""
+    def make(site: Site, _: int) -> nn.Module | None:
+        rows, classes = site.axes(*row_letters(len(shape(site.node.args[0])))), site.axes("c")
+        mean = argument(site.node, 3, "reduction", MEAN) == MEAN
+        return CrossEntropy(rows, classes, plain, site) if classes or (rows and mean) else None
+    return make
+
+
+cross_entropy, nll = _loss(_cross_entropies), _loss(_likelihoods)

@@ -107,6 +107,7 @@ def _batch_norm(node: fx.Node, cut: Cut) -> list[Exchange]:
 EXCHANGES: dict[Any, Callable[[fx.Node, Cut], list[Exchange]]] = {
     aten.batch_norm.default: _batch_norm,
     aten.cross_entropy_loss.default: _cross_entropy,
+    aten.nll_loss_nd.default: _cross_entropy,
 }
 
 
