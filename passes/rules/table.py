@@ -210,7 +210,8 @@ CONTRACTIONS = {
 UNTAGGED_POINTWISE = {
     aten.to.dtype, aten.dropout.default, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
     aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar,
-    aten.log_sigmoid.default, aten.masked_fill.Tensor,
+    aten.log_sigmoid.default, aten.masked_fill.Tensor, aten.empty_like.default, aten.zeros_like.default,
+    aten.ones_like.default, aten.full_like.default, aten.fill.Scalar,
 }
 """Pointwise ops that torch does not tag as such."""
 

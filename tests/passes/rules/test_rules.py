@@ -242,9 +242,14 @@ def other_cases() -> Iterator[Any]:
     yield case("a mean of everything", "i0 i1", aten.sum.default, torch.mean, x(4, 8))
 
 
-CASES = [*linear_cases(), *matmul_cases(), *convolution_cases(), *norm_cases(), *attention_cases(),
-         *shape_cases(), *reduction_cases(), *pointwise_cases(), *cluster_cases(), *other_cases(),
-         *loss_cases.CASES, *moving_cases.CASES, *layer_cases.CASES]
+OFTEN = [*linear_cases(), *matmul_cases(), *convolution_cases(), *norm_cases(), *attention_cases(), *shape_cases(),
+         *reduction_cases(), *pointwise_cases(), *cluster_cases(), *other_cases(), *loss_cases.CASES]
+SELDOM = [*moving_cases.CASES, *layer_cases.CASES]
+CASES = [*OFTEN, *SELDOM]
+POINTS = [pytest.param(param.values[0], mesh, id=f"{param.id}-{mesh}",
+                       marks=pytest.mark.slow if param in SELDOM and mesh is not MESHES[-1] else ())
+          for param, mesh in itertools.product(CASES, MESHES)]
+"""A mesh of two axes has the assignments of one among its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,8 +308,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(COMPUTE_DTYPE, "fp64", torch.float64)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mesh"), POINTS)
 def test_shards_recombine_to_the_whole(case: Case, mesh: Mesh) -> None:
     subject = captured(case)
     for decision in decisions(subject, mesh):
