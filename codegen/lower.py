@@ -16,7 +16,8 @@ from torch import fx, nn
 
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.communicator import Communicator
-from autopar.codegen.substitute import Site, substitute
+from autopar.codegen.site import Site
+from autopar.codegen.substitute import substitute
 from autopar.core.reshard import Price, cheapest_path
 from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE

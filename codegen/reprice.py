@@ -23,6 +23,7 @@ from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.choices import compute_dtype
 from autopar.passes.costs import work_of
 from autopar.passes.decision import Decision
+from autopar.passes.exchanges import Exchange, exchange_seconds
 from autopar.passes.gathering import latency_share, shared_seconds
 from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
 from autopar.passes.moments import held
@@ -65,10 +66,14 @@ class _Tally:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a local graph on `meta` and keeps every value; modules answer with the shape of their result."""
+    """Runs a local graph on `meta` and keeps every value; modules answer with the shape of their result.
+
+    `sent` has what modules say they send, by name.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.sent: dict[str, list[Exchange]] = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.submodules[target]
@@ -76,6 +81,7 @@ class _Shapes(fx.Interpreter):
             return torch.empty(module.final_shape, dtype=module.dtype, device="meta")
         if isinstance(module, ReduceGradients):
             return args[0]
+        self.sent[str(target)] = module.exchanges(*args) if hasattr(module, "exchanges") else []
         return module.result(*args)
 
 
@@ -182,8 +188,10 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: _Shapes, tally: _Tally, decisi
     work = work_of(op.main, read_by_main, shape, nbytes, compute_dtype(op))
     device = setting.device
     through = any(r.node in decision.context.gradients for r in op.results)
-    tally.forward.work += work.forward_seconds(device)
-    tally.backward.work += work.backward_seconds(device) if through else 0.0
+    sent = [exchange for node in nodes if node.op == "call_module" for exchange in shapes.sent[str(node.target)]]
+    talk = exchange_seconds(sent, setting.price)
+    tally.forward.work += work.forward_seconds(device) + talk[0]
+    tally.backward.work += work.backward_seconds(device) + talk[1] if through else 0.0
     made_here = zip(op.results, results, strict=True)
     tally.working = max(tally.working, nbytes)
     tally.saved += sum(_nbytes(t) for r, t in made_here if r.node in decision.context.gradients)

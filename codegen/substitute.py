@@ -1,55 +1,31 @@
 """What runs in place of an op that is not the same op on a shard.
 
 One function an op in `SUBSTITUTES`; it answers None where the plain op is right. Modules take the op's own
-arguments, on local tensors, and those that draw random numbers a `seed` besides.
+arguments, on local tensors, and those that draw random numbers a `seed` besides; those that talk to other ranks tell
+what a call sends as `exchanges`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autopar.codegen.batch_norm import Normalize, statistics
 from autopar.codegen.collectives import convert
-from autopar.codegen.communicator import Communicator, Group
-from autopar.codegen.primitives import all_reduce
+from autopar.codegen.site import Site
+from autopar.codegen.vocabulary import cross_entropy, embedding, nll
 from autopar.core.reshard import Step
-from autopar.core.spec import Spec
-from autopar.passes.factors import Factored
+from autopar.passes.exchanges import Exchange, running_exchanges, statistic_exchanges
 from autopar.passes.functional import value_of
 from autopar.passes.layout import local_shape
-from autopar.passes.ops import Op
-from autopar.passes.rules.table import argument
-from autopar.passes.strategies import Assignment, axes_of
+from autopar.passes.rules.nodes import argument
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Where an op stands: its node, the op it is in, what each axis does, the spec of its result."""
-
-    node: fx.Node
-    op: Op
-    assignment: Assignment
-    spec: Spec
-    factored: Factored
-    communicator: Communicator
-
-    def axes(self, letter: str) -> tuple[int, ...]:
-        """The axes over any factor of `letter`."""
-        keys = [f.key for f in self.op.factors if f.key == letter or f.key.startswith(letter + "_")]
-        return tuple(sorted(axis for key in keys for axis in axes_of(self.assignment, key)))
-
-    def group(self, axes: tuple[int, ...]) -> Group:
-        """This rank's group along `axes`; itself alone when there are none."""
-        return self.communicator.group(axes) if axes else Group("", 0, (0,))
 
 
 class BatchNorm(nn.Module):
@@ -81,6 +57,14 @@ class BatchNorm(nn.Module):
         """An empty result, for shapes."""
         return torch.empty_like(x)
 
+    def exchanges(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+                  variance: Tensor | None, training: bool, *_: Any) -> list[Exchange]:
+        """What a call sends."""
+        if not training:
+            return []
+        return (statistic_exchanges(x.shape[1], self.samples)
+                + running_exchanges(x.shape[1] * self.channel_group.size, () if mean is None else self.channels))
+
     def _whole(self, part: Tensor) -> Tensor:
         return convert(part.detach(), Step(self.channels, 0, "R"), self.channel_group) if self.channels else part
 
@@ -90,28 +74,6 @@ class BatchNorm(nn.Module):
 
 def _like(parameter: Tensor | None, statistic: Tensor | None) -> Tensor | None:
     return parameter if parameter is None or statistic is None else parameter.to(statistic.dtype)
-
-
-class CrossEntropy(nn.Module):
-    """Mean cross entropy of rows sharded over `axes`: this rank's sum over the count of all ranks, a partial sum.
-
-    logits (T/n, C), target (T/n); targets equal to `ignore_index` count nowhere.
-    """
-
-    def __init__(self, axes: tuple[int, ...], site: Site) -> None:
-        super().__init__()
-        self.axes, self.group = axes, site.group(axes)
-
-    def forward(self, logits: Tensor, target: Tensor, weight: None = None, reduction: int = 1,
-                ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
-        loss = F.cross_entropy(logits, target, reduction="sum", ignore_index=ignore_index,
-                               label_smoothing=label_smoothing)
-        count = all_reduce((target != ignore_index).sum(), self.group)
-        return loss / count.to(loss.dtype)
-
-    def result(self, logits: Tensor, *_: Any) -> Tensor:
-        """An empty result, for shapes."""
-        return logits.new_empty(())
 
 
 _MASK32 = 0xFFFFFFFF
@@ -237,19 +199,16 @@ def _batch_norm(site: Site, _: int) -> nn.Module | None:
     return BatchNorm(split_samples, channels, site) if split_samples or channels or len(dtypes) > 1 else None
 
 
-def _cross_entropy(site: Site, _: int) -> nn.Module | None:
-    axes = site.axes("t")
-    return CrossEntropy(axes, site) if axes else None
-
-
 def _attention(site: Site, salt: int) -> nn.Module | None:
     return Attention(site, salt) if argument(site.node, 4, "dropout_p", 0.0) else None
 
 
 SUBSTITUTES: dict[Any, Callable[[Site, int], nn.Module | None]] = {
     aten.batch_norm.default: _batch_norm,
-    aten.cross_entropy_loss.default: _cross_entropy,
+    aten.cross_entropy_loss.default: cross_entropy,
     aten.dropout.default: Dropout,
+    aten.embedding.default: embedding,
+    aten.nll_loss_nd.default: nll,
     aten.rand.default: Uniform,
     aten.scaled_dot_product_attention.default: _attention,
 }

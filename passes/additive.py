@@ -18,7 +18,8 @@ from autopar.passes.evaluate import evaluate
 from autopar.passes.factors import Factored
 from autopar.passes.functional import is_update, value_of
 from autopar.passes.ops import Op, factor_roles
-from autopar.passes.rules.table import argument
+from autopar.passes.rules.losses import MEAN
+from autopar.passes.rules.nodes import argument
 
 aten = torch.ops.aten
 CROSS_ENTROPY = aten.cross_entropy_loss.default
@@ -78,11 +79,18 @@ def _reduces(op: Op, ctx: Context, batch: frozenset[int]) -> bool:
     if not over or is_update(op.main, factored.program):
         raise _Obstacle(f"{name} may mix samples")
     whole = any(not f.shardable for f in over)
-    if op.main.target == CROSS_ENTROPY and not whole:
+    if op.main.target == CROSS_ENTROPY and not whole and _counts(op.main):
         return True
     if whole or any(f.summed for f in over) or (op.main.target in MIXING and any(f.special for f in over)):
         raise _Obstacle(f"{name} mixes samples")
     return False
+
+
+def _counts(loss: fx.Node) -> bool:
+    """Whether a cross entropy is a mean over the targets it counts, which numbers of classes can be left out of."""
+    target = value_of(loss.args[1])
+    assert target is not None
+    return argument(loss, 3, "reduction", MEAN) == MEAN and not target.is_floating_point()
 
 
 def _mark(loss: fx.Node, factored: Factored) -> tuple[fx.Node, int]:

@@ -7,6 +7,7 @@ model is exported on `meta`, whatever device it lives on.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -120,7 +121,10 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
     try:
         twin = without_caches(meta_twin(model, COMPUTE_DTYPE[precision]))
         module = twin if loss_fn is None else WITH_LOSS[returns](twin, loss_fn).train(model.training)
-        exported = _exported(module, args, kwargs)
+        with warnings.catch_warnings():
+            # Of the list in which recurrent layers keep their parameters, which are registered all the same.
+            warnings.filterwarnings("ignore", r"The tensor attributes? self\.[^\s]*_flat_weights\[")
+            exported = _exported(module, args, kwargs)
     except Exception as error:
         raise CaptureError(blame(error, model)) from error
     check_static(exported.graph_module.graph, model)

@@ -16,7 +16,7 @@ from autopar.passes.decision import Context
 from autopar.passes.layout import from_base, itemsize, local_bytes, local_shape, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.ops import Op
-from autopar.passes.rules.table import shape, tensor_operands
+from autopar.passes.rules.nodes import shape, tensor_operands
 from autopar.passes.strategies import Assignment, Storage, factor_parts
 
 

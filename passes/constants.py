@@ -67,7 +67,7 @@ def _place(graph: fx.Graph, node: fx.Node, value: Tensor) -> str:
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(first):
         placeholder = graph.placeholder(f"constant_{node.name}")
-    placeholder.meta = {"val": value.to("meta"), "path": node.meta.get("path", "")}
+    placeholder.meta = {"val": value.to("meta"), "path": node.meta.get("path", ""), "constant": True}
     node.replace_all_uses_with(placeholder)
     return str(placeholder.name)
 

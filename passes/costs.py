@@ -16,7 +16,7 @@ from torch import fx
 
 from autopar.core.device import Device, Dtype, Flops
 from autopar.core.errors import UnknownName
-from autopar.passes.rules.table import argument
+from autopar.passes.rules.nodes import argument
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -47,6 +47,14 @@ def _convolution(_: fx.Node, operands: list[Shape], result: Shape) -> float:
     return 2.0 * math.prod(result) * math.prod(operands[1][1:])
 
 
+def _transposed_convolution(_: fx.Node, operands: list[Shape], __: Shape) -> float:
+    return 2.0 * math.prod(operands[0]) * math.prod(operands[1][1:])
+
+
+def _bilinear(_: fx.Node, operands: list[Shape], result: Shape) -> float:
+    return 2.0 * math.prod(result) * operands[0][-1] * operands[1][-1]
+
+
 def _attention(node: fx.Node, operands: list[Shape], _: Shape) -> float:
     """A causal mask halves the work."""
     *outer, queries, depth = operands[0]
@@ -62,8 +70,13 @@ FLOP: dict[Any, Flop] = {
     aten.matmul.default: _matmul,
     aten.addmm.default: _addmm,
     aten.einsum.default: _einsum,
-    aten.conv1d.default: _convolution,
-    aten.conv2d.default: _convolution,
+    aten.baddbmm.default: _addmm,
+    aten.mv.default: _matmul,
+    aten.bilinear.default: _bilinear,
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
+                     aten.conv2d.padding, aten.conv3d.padding), _convolution),
+    **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+                    _transposed_convolution),
     aten.scaled_dot_product_attention.default: _attention,
 }
 _BACKWARD_FLOP = 2.0

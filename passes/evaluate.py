@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopar.passes.functional import value_of
-from autopar.passes.rules.table import argument, is_pointwise
+from autopar.passes.rules.nodes import argument
+from autopar.passes.rules.table import is_pointwise
 
 aten = torch.ops.aten
 ALONG_A_DIM = {aten.cumsum.default: (1, 0), aten.diff.default: (2, -1)}

@@ -17,8 +17,9 @@ from torch import fx
 
 from autopar.passes.capture import Program
 from autopar.passes.functional import is_update, value_of
+from autopar.passes.rules.nodes import shape, tensor_operands
 from autopar.passes.rules.notation import Rule, is_unit
-from autopar.passes.rules.table import rule_of, shape, tensor_operands
+from autopar.passes.rules.table import rule_of
 
 aten = torch.ops.aten
 IN_ORDER = {

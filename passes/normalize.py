@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from autopar.passes.capture import Program
+from autopar.passes.composites import TakeApart
 from autopar.passes.functional import Functionalize, inline, is_update, value_of
+from autopar.passes.rules.losses import MEAN, POINTWISE, SUM, terms
+from autopar.passes.rules.nodes import argument, named
 
 aten = torch.ops.aten
 DROPPED = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
@@ -31,13 +36,14 @@ class Normalize:
         for node in _calls(program):
             _drop_if(node, node.target in DROPPED)
             _bypass_if(node, node.target in SAME_STORAGE or (node.target in CASTS and _keeps_dtype(node)))
+        TakeApart()(program)
         Functionalize()(program)
         for node in _calls(program):
             if node.target in CASTS | COPYING_CASTS and not _keeps_dtype(node):
                 _to_plain_cast(node)
             _bypass_if(node, node.target in COPIES | COPYING_CASTS or _idle_dropout(node))
         for node in _calls(program):
-            if node.target is aten.mean.default and not node.kwargs and _sums_safely(node):
+            if _is_mean(node) and _sums_safely(node):
                 _to_sum(node)
         _sweep(program)
         return program
@@ -76,14 +82,29 @@ def _sums_safely(node: fx.Node) -> bool:
     return value is not None and value.dtype in (torch.float64, torch.float32, torch.bfloat16)
 
 
+def _is_mean(node: fx.Node) -> bool:
+    if node.target in POINTWISE:
+        return bool(named(node, "reduction") == MEAN)
+    return node.target is aten.mean.default and not node.kwargs
+
+
 def _to_sum(node: fx.Node) -> None:
     """A mean of everything as a sum over a number: parts of the sum are partial sums, parts of a mean are not."""
-    value = value_of(node.args[0])
-    assert value is not None
     with node.graph.inserting_before(node):
-        total = node.graph.call_function(aten.sum.default, (node.args[0],))
+        total = node.graph.call_function(*_sum_of(node))
     total.meta = dict(node.meta)
-    node.target, node.args = aten.div.Tensor, (total, float(max(1, value.numel())))
+    count = math.prod(terms(node))
+    node.target, node.args, node.kwargs = aten.div.Tensor, (total, float(max(1, count))), {}
+
+
+def _sum_of(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The sum whose mean `node` makes."""
+    if node.target not in POINTWISE:
+        return aten.sum.default, (node.args[0],), {}
+    place, declared = POINTWISE[node.target], node.target._schema.arguments  # type: ignore[union-attr]
+    before = [argument(node, i, declared[i].name, declared[i].default_value) for i in range(place)]
+    kwargs = {name: value for name, value in node.kwargs.items() if name in {a.name for a in declared[place + 1:]}}
+    return node.target, (*before, SUM, *node.args[place + 1:]), kwargs
 
 
 def _to_plain_cast(node: fx.Node) -> None:

@@ -18,8 +18,9 @@ from torch import fx
 from autopar.passes.factors import SPLITS, Factored
 from autopar.passes.functional import is_update, value_of
 from autopar.passes.modes import Role
+from autopar.passes.rules.nodes import call_of, shape, tensor_operands
 from autopar.passes.rules.notation import is_unit
-from autopar.passes.rules.table import CONTRACTIONS, is_pointwise, shape, tensor_operands
+from autopar.passes.rules.table import CONTRACTIONS, is_pointwise
 
 aten = torch.ops.aten
 
@@ -225,7 +226,8 @@ def _make_op(name: str, cluster: list[fx.Node], factored: Factored, roles: dict[
     inside = set(cluster)
     bound: dict[tuple[fx.Node, tuple[str, ...] | None], OpOperand] = {}
     keyed: dict[str, tuple[int, ...]] = {}
-    for node in cluster:
+    makes_several = {call_of(n) for n in cluster if n.target is operator.getitem and n in factored.rules}
+    for node in (n for n in cluster if n not in makes_several):
         for operand in _bound_operands(node, factored, keyed):
             if operand.node not in inside:
                 bound.setdefault((operand.node, operand.keys), operand)
@@ -310,7 +312,8 @@ def _factors(cluster: list[fx.Node], factored: Factored, keyed: dict[str, tuple[
              roles: dict[int, Role]) -> tuple[Factor, ...]:
     if cluster[-1] not in factored.rules:
         return ()
-    rule = factored.rules[cluster[-1]]
+    rules = [factored.rules[n] for n in cluster if n in factored.rules]
+    whole, special = (frozenset().union(*sets) for sets in zip(*((r.whole, r.special) for r in rules), strict=True))
     in_parameters = _parameter_letters(cluster, factored)
     last = cluster[-1]
     kept = set(_result_keys(last, factored, keyed) or ())
@@ -320,15 +323,15 @@ def _factors(cluster: list[fx.Node], factored: Factored, keyed: dict[str, tuple[
         for i, atom in enumerate(dim):
             key = _key(letter, i, len(dim))
             outermost = i in free and (letter not in in_parameters or i == free[0])
-            found.append(Factor(key, factored.sizes[atom], outermost and letter not in rule.whole, key not in kept,
-                                letter in rule.special, roles.get(atom, "model")))
+            found.append(Factor(key, factored.sizes[atom], outermost and letter not in whole, key not in kept,
+                                letter in special, roles.get(atom, "model")))
     return tuple(found)
 
 
 def _parameter_letters(cluster: list[fx.Node], factored: Factored) -> set[str]:
     """The letters that occur in a parameter operand: of their factors only the outermost is ever sharded."""
     found: set[str] = set()
-    for node in cluster:
+    for node in (n for n in cluster if n in factored.rules):
         operands = tensor_operands(node)
         bound, _ = factored.rules[node].bind(tuple(len(shape(n)) for n in operands), (len(shape(node)),))
         for operand, n in zip(bound, operands, strict=True):
@@ -345,7 +348,7 @@ def is_parameter(node: fx.Node, factored: Factored) -> bool:
 def _name(cluster: list[fx.Node], factored: Factored) -> str:
     last = cluster[-1]
     path = str(last.meta.get("path", "")).replace(".", "_")
-    op = str(last.target).removeprefix("aten.").partition(".")[0].strip("_")
+    op = str(call_of(last).target).removeprefix("aten.").partition(".")[0].strip("_")
     if is_update(last, factored.program):
         return f"{path}_{op}"
     owns = any(is_parameter(factored.base(n)[0], factored) for n in tensor_operands(last))

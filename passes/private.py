@@ -132,3 +132,18 @@ _STAND_INS: tuple[tuple[Any, str, Any], ...] = (
     (proxy_tensor, "proxy_call", _record),
     (_trace, "_replace_unbacked_bindings", _rebind),
 )
+
+
+def parts_of(node: fx.Node) -> fx.Graph:
+    """The ops that torch writes the composite op of `node` as; a placeholder for each of its input nodes, in order."""
+    target, inputs = node.target, node.all_input_nodes
+    assert isinstance(target, torch._ops.OpOverload)
+
+    def call(*values: Any) -> Any:
+        given = dict(zip(inputs, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), given.__getitem__)
+        return target.decompose(*args, **kwargs)
+
+    empty = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta")
+             for v in (n.meta["val"] for n in inputs))
+    return proxy_tensor.make_fx(call)(*empty).graph

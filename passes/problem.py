@@ -21,6 +21,7 @@ from autopar.core.steps import States
 from autopar.passes.choices import op_choices, storage_choices
 from autopar.passes.costs import Optimizer, slowest
 from autopar.passes.decision import Context, Decision
+from autopar.passes.exchanges import with_exchanges
 from autopar.passes.gathering import Together, latency_share, parameter_seconds
 from autopar.passes.modes import Mode
 from autopar.passes.moments import moments
@@ -144,7 +145,8 @@ class _Builder:
         options = self.setting.allowed.get(op.name) or tuple(
             assignments(op, mesh, self.setting.mode, self.context.through(op)))
         self.assigned[key] = options
-        self._add_node(key, op.name, op_choices(self.context, op, options, mesh, self.setting.device), count)
+        choices = op_choices(self.context, op, options, mesh, self.setting.device)
+        self._add_node(key, op.name, with_exchanges(op, choices, options, mesh, self.setting.price), count)
 
     def _add_parameter(self, key: Key, node: fx.Node, count: int) -> None:
         factored, mesh = self.context.segmented.factored, self.setting.mesh

@@ -19,6 +19,7 @@ from autopar.passes.factors import Factored, analyse
 from autopar.passes.functional import value_of
 from autopar.passes.modes import Role
 from autopar.passes.ops import Op, block_of, factor_roles, make_ops, unique
+from autopar.passes.rules.nodes import named
 from autopar.passes.strategies import differentiable
 
 aten = torch.ops.aten
@@ -26,6 +27,8 @@ aten = torch.ops.aten
 
 REPLAYED = {aten.dropout.default, aten.rand.default, aten.scaled_dot_product_attention.default}
 """Random ops that have a substitute which draws by global element."""
+RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
+"""Ops that are random only where they drop out between their layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,11 +129,20 @@ def plain_arguments(node: fx.Node) -> str:
     return str(fx.map_arg((node.args, dict(node.kwargs)), lambda _: "tensor"))
 
 
+def _drops_out(node: fx.Node) -> bool:
+    return bool(named(node, "train") and named(node, "dropout") and named(node, "num_layers") > 1)
+
+
 def annotate(program: Program) -> Segmented:
     """Factors, ops and segments of a captured program. Raises CaptureError for random ops that can't be replayed."""
     for node in program.graph.nodes:
         tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else []
-        if torch.Tag.nondeterministic_seeded in tags and node.target not in REPLAYED:
+        if node.target in RECURRENT and _drops_out(node):
+            raise CaptureError(f"{node.meta.get('path') or 'the forward'} is a recurrent layer that drops out "
+                               f"{named(node, 'dropout')} of what its own layers pass on, with random numbers that "
+                               "would differ between ranks; give it dropout=0, or use one such layer after another "
+                               "with nn.Dropout between them")
+        if torch.Tag.nondeterministic_seeded in tags and node.target not in REPLAYED | RECURRENT:
             raise CaptureError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, whose random numbers "
                                "would differ between ranks; draw them with torch.rand or dropout")
     return segment_program(analyse(program))

@@ -33,7 +33,8 @@ from what hides it. A rough figure; above 0, so that of plans which hide all of 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way to do one node: seconds of compute and of its optimizer step, and bytes on a device.
+    """One way to do one node: seconds of compute, with what is sent inside of it, and of its optimizer step, and bytes
+    on a device.
 
     `nbytes` are held all the time, `saved` from the forward to the backward of its segment, `gradient` from the
     backward on, `working` while its segment runs.

@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from autopar.passes.functional import value_of
+from autopar.passes.rules import losses, moves, norms, reductions
+from autopar.passes.rules.nodes import RuleMaker, argument, call_of, shape, tensor_operands
 from autopar.passes.rules.notation import Rule, letters, rule
+from autopar.passes.rules.recurrent import recurrent
 
 aten = torch.ops.aten
-RuleMaker = Callable[[fx.Node], Rule | None]
-_REDUCTION_MEAN = 1
-
-
-def tensor_operands(node: fx.Node) -> list[fx.Node]:
-    """The tensor arguments of `node` in order of appearance, repeated if passed twice."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) if value_of(n) is not None else None)
-    return found
-
-
-def shape(node: Any) -> tuple[int, ...]:
-    """The global shape of the tensor `node` makes."""
-    value = value_of(node)
-    assert value is not None, f"{node} makes no tensor"
-    return tuple(value.shape)
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    """An argument given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def pointwise(node: fx.Node) -> Rule | None:
-    """Every dim passes through; operands align to the right, dims of size one broadcast."""
-    out = shape(node)
-    names = letters("o", len(out))
-    left = [_aligned(shape(operand), out, names) for operand in tensor_operands(node)]
-    return rule(f"{', '.join(left)} -> {' '.join(names)}")
-
-
-def _aligned(small: tuple[int, ...], big: tuple[int, ...], names: list[str]) -> str:
-    offset = len(big) - len(small)
-    return " ".join(names[offset + i] if size == big[offset + i] else "1" for i, size in enumerate(small))
 
 
 def _addmm(node: fx.Node) -> Rule | None:
@@ -72,22 +40,45 @@ def _convolution(node: fx.Node) -> Rule | None:
     return rule(f"n c {inner}, o {channels} {kernel}, +o -> n o {outer}", whole=whole)
 
 
+def _transposed_convolution(node: fx.Node) -> Rule | None:
+    spatial = len(shape(node)) - 2
+    inner, kernel, outer = (" ".join(letters(p, spatial)) for p in "hkp")
+    groups = argument(node, 6, "groups", 1)
+    whole = f"{inner} {kernel} {outer}" + ("" if groups == 1 else " c o i")
+    channels = "o" if groups == 1 else "i"
+    return rule(f"n c {inner}, c {channels} {kernel}, +o -> n o {outer}", whole=whole)
+
+
+def _baddbmm(node: fx.Node) -> Rule | None:
+    """What is added is broadcast to the products."""
+    return rule(f"+{moves.aligned(shape(node.args[0]), shape(node), ['b', 'm', 'n'])}, b m k, b k n -> b m n")
+
+
+def _cdist(node: fx.Node) -> Rule | None:
+    left, right = shape(node.args[0]), shape(node.args[1])
+    return rule("... p m, ... r m -> ... p r", whole="m") if left[:-2] == right[:-2] else None
+
+
+def _embedding_bag(node: fx.Node) -> Rule | None:
+    """Bags are runs of indices, so only columns are cut; of the results, those that are told about bags are not."""
+    call, of_rows = call_of(node), argument(node, 3, "scale_grad_by_freq", False) or argument(node, 5, "sparse", False)
+    if of_rows or node.args[1] != 0:
+        return None
+    weights = ", i" if len(tensor_operands(call)) > 3 else ""
+    return rule(f"v d, i, a{weights} -> b d", whole="v i a b")
+
+
 def _embedding(node: fx.Node) -> Rule | None:
-    """A gradient scaled by how often an index occurs in the batch wants the whole batch."""
-    return None if argument(node, 3, "scale_grad_by_freq", False) else rule("v d, ... -> ... d", whole="v")
+    """Ranks look up the rows of the table that they have, zeros for others.
 
-
-def _layer_norm(node: fx.Node) -> Rule | None:
-    normalized = " ".join(letters("d", len(node.args[1])))  # type: ignore[arg-type]
-    return rule(f"... {normalized}, {normalized}, {normalized} -> ... {normalized}", whole=normalized)
-
-
-def _batch_norm(node: fx.Node) -> Rule | None:
-    spatial = " ".join(letters("h", len(shape(node)) - 2))
-    affine = ", ".join(["c"] * sum(isinstance(a, fx.Node) for a in node.args[1:3]))
-    training = bool(node.args[5])
-    operands = ", ".join(part for part in (f"n c {spatial}", affine, "*, *") if part)
-    return rule(f"{operands} -> n c {spatial}", whole=spatial, special="n" if training else "")
+    Not of a table of positions, whose places are known: it is small, and more ways to cut it are only more to search.
+    A gradient scaled by how often an index occurs in the batch wants the whole batch, a sparse one can't be cut.
+    """
+    by_frequency, sparse = argument(node, 3, "scale_grad_by_freq", False), argument(node, 4, "sparse", False)
+    if by_frequency or sparse:
+        return None
+    known = node.args[1].meta.get("constant", False)  # type: ignore[union-attr]
+    return rule("v d, ... -> ... d", whole="v") if known else rule("v d, ... -> ... d", special="v")
 
 
 def _attention(node: fx.Node) -> Rule | None:
@@ -106,93 +97,10 @@ def _mask_letters(mask: tuple[int, ...], query: tuple[int, ...], keys: int) -> s
     return " ".join(names[offset + i] if size == sizes[offset + i] else "1" for i, size in enumerate(mask))
 
 
-def _cross_entropy(node: fx.Node) -> Rule | None:
-    """Rows may be sharded under a mean: (partial sum, whole count); classes are whole."""
-    logits, weight = shape(node.args[0]), argument(node, 2, "weight", None)
-    plain = len(logits) == 2 and len(shape(node.args[1])) == 1 and weight is None
-    if not plain or argument(node, 3, "reduction", _REDUCTION_MEAN) != _REDUCTION_MEAN:
-        return None
-    return rule("t c, t -> ", whole="c", special="t")
-
-
 def _pooling(node: fx.Node) -> Rule | None:
     spatial = len(shape(node)) - 2
     before, after = (" ".join(letters(p, spatial)) for p in "hp")
     return rule(f"n c {before} -> n c {after}", whole=f"{before} {after}")
-
-
-def _along(position: int, default: int = 0) -> RuleMaker:
-    """An op that works along one dim (softmax, slice, cat): that dim is whole, the others pass through."""
-    def make(node: fx.Node) -> Rule | None:
-        out, operands = shape(node), tensor_operands(node)
-        dim = argument(node, position, "dim", default) % max(len(out), 1)
-        if any(len(shape(operand)) != len(out) for operand in operands):
-            return None
-        names = letters("o", len(out))
-        along = [names[dim] if shape(operand) == out else f"x{i}" for i, operand in enumerate(operands)]
-        left = [" ".join([*names[:dim], own, *names[dim + 1:]]) for own in along]
-        return rule(f"{', '.join(left)} -> {' '.join(names)}", whole=" ".join([names[dim], *along]))
-    return make
-
-
-def _select(node: fx.Node) -> Rule | None:
-    before = shape(node.args[0])
-    dim = argument(node, 1, "dim", 0) % len(before)
-    names = letters("o", len(before))
-    return rule(f"{' '.join(names)} -> {' '.join(n for i, n in enumerate(names) if i != dim)}", whole=names[dim])
-
-
-def _select_scatter(node: fx.Node) -> Rule | None:
-    out = shape(node)
-    dim = argument(node, 2, "dim", 0) % len(out)
-    names = letters("o", len(out))
-    part = " ".join(n for i, n in enumerate(names) if i != dim)
-    return rule(f"{' '.join(names)}, {part} -> {' '.join(names)}", whole=names[dim])
-
-
-def _roll(node: fx.Node) -> Rule | None:
-    rank, dims = len(shape(node)), argument(node, 2, "dims", [])
-    if not dims:
-        return None
-    names = letters("o", rank)
-    return rule(f"{' '.join(names)} -> {' '.join(names)}", whole=" ".join(names[d % rank] for d in dims))
-
-
-def _fresh(node: fx.Node) -> Rule | None:
-    """Numbers drawn by global element: any part can be drawn anywhere."""
-    return rule(f" -> {' '.join(letters('o', len(shape(node))))}")
-
-
-def _pad(node: fx.Node) -> Rule | None:
-    before, after = shape(node.args[0]), shape(node)
-    names = letters("o", len(after))
-    changed = {n for n, b, a in zip(names, before, after, strict=True) if a != b}
-    left = " ".join("x" + n if n in changed else n for n in names)
-    return rule(f"{left} -> {' '.join(names)}", whole=" ".join([*changed, *("x" + n for n in changed)]))
-
-
-def _expand(node: fx.Node) -> Rule | None:
-    out = shape(node)
-    names = letters("o", len(out))
-    return rule(f"{_aligned(shape(node.args[0]), out, names)} -> {' '.join(names)}")
-
-
-def _reduction(sums: bool) -> RuleMaker:
-    """A reduction over dims: a sum of shards is a partial sum, anything else wants its dims whole."""
-    def make(node: fx.Node) -> Rule | None:
-        before = shape(node.args[0])
-        dims, keep = argument(node, 1, "dim", None), argument(node, 2, "keepdim", False)
-        dims = list(range(len(before))) if dims in (None, []) else [dims] if isinstance(dims, int) else dims
-        reduced = {dim % len(before) for dim in dims}
-        names = letters("o", len(before))
-        after = ["1" if i in reduced else n for i, n in enumerate(names) if keep or i not in reduced]
-        whole = "" if sums else " ".join(names[i] for i in reduced)
-        return rule(f"{' '.join(names)} -> {' '.join(after)}", whole=whole)
-    return make
-
-
-def _sum_all(node: fx.Node) -> Rule | None:
-    return rule(f"{' '.join(letters('i', len(shape(node.args[0]))))} ->") if not node.kwargs else None
 
 
 def _einsum(node: fx.Node) -> Rule | None:
@@ -211,46 +119,99 @@ def _einsum(node: fx.Node) -> Rule | None:
 RULES: dict[Any, Rule | RuleMaker] = {
     aten.linear.default: rule("... k, n k, +n -> ... n"),
     aten.mm.default: rule("m k, k n -> m n"),
+    aten.mv.default: rule("m k, k -> m"),
+    aten.dot.default: rule("k, k ->"),
     aten.bmm.default: rule("b m k, b k n -> b m n"),
+    aten.baddbmm.default: _baddbmm,
     aten.addmm.default: _addmm,
     aten.matmul.default: _matmul,
     aten.einsum.default: _einsum,
-    aten.conv1d.default: _convolution,
-    aten.conv2d.default: _convolution,
+    aten.bilinear.default: rule("... a, ... b, o a b, +o -> ... o"),
+    aten.cdist.default: _cdist,
     aten.embedding.default: _embedding,
-    aten.layer_norm.default: _layer_norm,
-    aten.batch_norm.default: _batch_norm,
+    aten.embedding_bag.padding_idx: _embedding_bag,
     aten.scaled_dot_product_attention.default: _attention,
-    aten.cross_entropy_loss.default: _cross_entropy,
-    aten.max_pool2d.default: _pooling,
-    aten.avg_pool2d.default: _pooling,
-    aten.adaptive_avg_pool2d.default: _pooling,
-    aten.softmax.int: _along(1),
-    aten.log_softmax.int: _along(1),
-    aten.cat.default: _along(1),
-    aten.slice.Tensor: _along(1),
-    aten.select.int: _select,
-    aten.pad.default: _pad,
-    aten.expand.default: _expand,
-    aten.mean.dim: _reduction(sums=False),
-    aten.amax.default: _reduction(sums=False),
-    aten.sum.dim_IntList: _reduction(sums=True),
-    aten.sum.default: _sum_all,
-    aten.slice_scatter.default: _along(2),
-    aten.select_scatter.default: _select_scatter,
-    aten.roll.default: _roll,
-    aten.rand.default: _fresh,
-    aten.adaptive_avg_pool1d.default: _pooling,
+    aten.batch_norm.default: norms.batch_norm,
+    aten.group_norm.default: norms.group_norm,
+    aten.instance_norm.default: norms.instance_norm,
+    aten.layer_norm.default: norms.layer_norm,
+    aten.rms_norm.default: norms.layer_norm,
+    aten._weight_norm.default: norms.weight_norm,
+    aten.prelu.default: norms.prelu,
+    aten.lstm.input: recurrent,
+    aten.gru.input: recurrent,
+    aten.rnn_tanh.input: recurrent,
+    aten.rnn_relu.input: recurrent,
+    aten.cross_entropy_loss.default: losses.cross_entropy,
+    aten.nll_loss_nd.default: losses.nll,
+    **dict.fromkeys(losses.POINTWISE, losses.pointwise_loss),
+    **dict.fromkeys((
+        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+        aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    ), _convolution),
+    **dict.fromkeys((
+        aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+    ), _transposed_convolution),
+    **dict.fromkeys((
+        aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
+        aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default,
+        aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default,
+        aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default,
+        aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
+        aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec,
+        aten.upsample_bicubic2d.vec,
+    ), _pooling),
+    aten.grid_sampler.default: rule("n c h w, n p q x -> n c p q", whole="h w x"),
+    aten.im2col.default: rule("n c h w -> n k l", whole="c h w k l"),
+    aten.col2im.default: rule("n k l -> n c h w", whole="k l c h w"),
+    aten.pixel_shuffle.default: moves.last(3, 3),
+    aten.pixel_unshuffle.default: moves.last(3, 3),
+    **dict.fromkeys((aten.tril.default, aten.triu.default), rule("... i j -> ... i j", whole="i j")),
+    **dict.fromkeys((
+        aten.softmax.int, aten.log_softmax.int, aten.cat.default, aten.slice.Tensor, aten.slice_scatter.default,
+        aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default, aten.cummin.default,
+        aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable, aten.topk.default,
+        aten.glu.default, aten.diff.default, aten.repeat_interleave.self_int,
+    ), moves.along),
+    **dict.fromkeys((aten.roll.default, aten.flip.default), moves.within),
+    **dict.fromkeys((aten.pad.default, aten.repeat.default), moves.resized),
+    aten.expand.default: moves.expand,
+    aten.select.int: moves.select,
+    aten.select_scatter.default: moves.select_scatter,
+    aten.stack.default: moves.stack,
+    aten.rand.default: moves.fresh,
+    aten.one_hot.default: moves.one_hot,
+    aten.index.Tensor: moves.index,
+    aten.index_select.default: moves.index_select,
+    aten.gather.default: moves.gather,
+    **dict.fromkeys((
+        aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two,
+    ), moves.scatter),
+    **dict.fromkeys((aten.index_add.default, aten.index_copy.default), moves.index_put_along),
+    **dict.fromkeys((aten.bucketize.Tensor,), moves.bucketize),
+    **dict.fromkeys((
+        aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.default, aten.linalg_vector_norm.default,
+        aten.norm.ScalarOpt_dim, aten.prod.dim_int, aten.var.dim, aten.var.correction, aten.std.dim,
+        aten.std.correction, aten.var_mean.dim, aten.var_mean.correction, aten.std_mean.dim, aten.std_mean.correction,
+        aten.any.dim, aten.all.dim, aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim,
+        aten.median.dim, aten.kthvalue.default,
+    ), reductions.reduced),
+    aten.cosine_similarity.default: reductions.compared,
+    aten.sum.dim_IntList: reductions.summed,
+    aten.sum.default: reductions.sum_all,
 }
 CONTRACTIONS = {
     aten.linear.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.matmul.default,
-    aten.conv1d.default, aten.conv2d.default,
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
+    aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 }
 
 
 UNTAGGED_POINTWISE = {
     aten.to.dtype, aten.dropout.default, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
     aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar,
+    aten.log_sigmoid.default, aten.masked_fill.Tensor, aten.empty_like.default, aten.zeros_like.default,
+    aten.ones_like.default, aten.full_like.default, aten.fill.Scalar,
 }
 """Pointwise ops that torch does not tag as such."""
 
@@ -265,9 +226,9 @@ def rule_of(node: fx.Node) -> Rule | None:
     """The rule of the op that `node` calls; None: no rule, it runs replicated."""
     if value_of(node) is None:
         return None
-    found = RULES.get(node.target)
+    found = RULES.get(call_of(node).target)
     if isinstance(found, Rule):
         return found
     if found is not None:
         return found(node)
-    return pointwise(node) if is_pointwise(node) and tensor_operands(node) else None
+    return moves.pointwise(node) if is_pointwise(node) and tensor_operands(node) else None

@@ -113,3 +113,15 @@ def test_every_model_plans(name: str) -> None:
     context = prepare(capture(built.model, built.call, "bf16-mixed", built.loss_fn))
     plan, _ = solve(context, cluster, Request(name, mesh=mesh))
     assert verify(plan, context, cluster) == pytest.approx((plan.seconds.step, plan.memory.total), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [
+    ("opt-125m", 4), ("bert-base", 2), pytest.param("llama-8b", 8, marks=pytest.mark.slow),
+    pytest.param("gpt3-175b", 8, marks=pytest.mark.slow),
+])
+def test_1d_cuts_the_classes_of_a_vocabulary_that_divides(name: str, ranks: int) -> None:
+    built = build(name, 2, 128)
+    context = prepare(capture(built.model, built.call, "bf16-mixed", built.loss_fn))
+    plan, _ = solve(context, Cluster.preset(f"{ranks}xA100-80GB"), Request(name, "1d", memory_budget=2.0**60))
+    taken = {op.name: op.strategy for op in plan.ops}
+    assert taken["cross_entropy_loss"] == "R(P0) = RS0"

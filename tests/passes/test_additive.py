@@ -55,7 +55,10 @@ TOKENS, X, Y = torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 4), torch.zero
 @pytest.mark.parametrize(("model", "inputs", "loss_fn", "reason"), [
     (Looked(), (TOKENS,), None, "tokens is read by table (embedding.default) besides the loss"),
     (Spread(), (X, Y), None, "mixes samples"),
-    (nn.Linear(4, 4), (X, X), nn.functional.mse_loss, "may mix samples"),
+    (nn.Linear(4, 4), (X, X), nn.functional.mse_loss, "mixes samples"),
+    (nn.Linear(4, 4), (X, X), nn.functional.cross_entropy, "mixes samples"),
+    (nn.Linear(4, 4), (X, Y), lambda out, y: nn.functional.cross_entropy(out, y, reduction="sum") / 4, "mixes samples"),
+    (nn.Linear(4, 4), (X, Y), lambda out, y: nn.functional.cross_entropy(out, y) + out.trace(), "may mix samples"),
 ])
 def test_programs_that_take_none(model: nn.Module, inputs: Any, loss_fn: Any, reason: str) -> None:
     obstacle = additive(prepare(capture(model, (inputs, {}), "fp32", loss_fn))).obstacle

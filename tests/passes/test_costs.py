@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from autopar.core.device import Device, Flops
 from autopar.core.errors import UnknownName
 from autopar.passes.costs import OPTIMIZERS, Work, optimizer_called, slowest, work_of
-from autopar.passes.rules.table import shape, tensor_operands
+from autopar.passes.rules.nodes import shape, tensor_operands
 from tests.programs import annotated
 
 FAST = Device("fast", Flops(1e12, 4e12, 2e12), 0.5, 1e10, 1e11, 1e-5)

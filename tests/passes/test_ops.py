@@ -156,7 +156,7 @@ def test_factors_that_may_be_sharded_and_their_roles(name: str, op: str, expecte
 def test_summed_factors() -> None:
     linear, loss = op_called("mlp", "0_0"), op_called("mlp", "cross_entropy_loss")
     assert {f.key for f in linear.factors if f.summed} == {"k"}
-    assert {f.key for f in loss.factors if f.summed and f.special} == {"t"}
+    assert {f.key for f in loss.factors if f.summed and f.special} == {"t", "c"}
     assert linear.factor("k").size == 16
     assert [o.additive for o in linear.operands] == [False, False, True]
 

@@ -22,69 +22,18 @@ from autopar.passes.capture import COMPUTE_DTYPE, capture
 from autopar.passes.decision import Context, Decision, context
 from autopar.passes.modes import MODES
 from autopar.passes.ops import Op
+from autopar.passes.rules.nodes import call_of
 from autopar.passes.rules.table import RULES
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import assignments, storages
-from tests.programs import Call, prepared
+from tests.passes.rules import layer_cases, loss_cases, moving_cases
+from tests.passes.rules.cases import Case, b, case, i, mask, w, x
+from tests.programs import Call, annotated, prepared
 from tests.simulator import Trial, assert_same, everything_differentiable, reference, simulated
 
 aten = torch.ops.aten
 MESHES = (Mesh((2,)), Mesh((4,)), Mesh((2, 2)))
 TOLERANCE = 1e-9
-Operand = Callable[[torch.Generator], Tensor]
-
-
-def x(*shape: int) -> Operand:
-    """A float input."""
-    return lambda g: torch.randn(shape, generator=g, dtype=torch.float64)
-
-
-def w(*shape: int) -> Operand:
-    """A parameter."""
-    return lambda g: nn.Parameter(torch.randn(shape, generator=g, dtype=torch.float64))
-
-
-def b(*shape: int) -> Operand:
-    """A buffer, positive."""
-    return lambda g: nn.Buffer(torch.rand(shape, generator=g, dtype=torch.float64) + 0.5)
-
-
-def i(most: int, *shape: int) -> Operand:
-    """Indices below `most`."""
-    return lambda g: torch.randint(most, shape, generator=g)
-
-
-def mask(*shape: int) -> Operand:
-    """A boolean mask that lets each query see its first key."""
-    return lambda g: (torch.rand(shape, generator=g) < 0.5).index_fill(-1, torch.tensor(0), True)
-
-
-def targets(rows: int, classes: int) -> Operand:
-    """Targets whose first half is ignored but for one, so that shards count unequally, one of them nothing."""
-    def make(g: torch.Generator) -> Tensor:
-        found = torch.randint(classes, (rows,), generator=g)
-        found[1:rows // 2 + 1] = -100
-        return found
-    return make
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call of `op` by `call` on the operands, and the factors that may be sharded."""
-
-    name: str
-    factors: str
-    op: Any
-    call: Callable[..., Tensor]
-    operands: tuple[Operand, ...]
-    random: bool = False
-
-
-def case(name: str, factors: str, op: Any, call: Callable[..., Tensor], *operands: Operand,
-         random: bool = False) -> Any:
-    return pytest.param(Case(name, factors, op, call, operands, random), id=name)
-
-
 def linear_cases() -> Iterator[Any]:
     op = aten.linear.default
     yield case("linear", "e0 k n", op, F.linear, x(4, 8), w(4, 8))
@@ -115,9 +64,9 @@ def matmul_cases() -> Iterator[Any]:
     yield case("matmul of a batch and a matrix", "e0 e1 k n", op, torch.matmul, x(4, 4, 8), w(8, 4))
     yield case("matmul of batches", "e0 m k n", op, torch.matmul, x(4, 3, 8), x(4, 8, 4))
     yield case("matmul of heads", "e0 e1 m k n", op, torch.matmul, x(4, 4, 3, 8), x(4, 4, 8, 3))
-    yield case("matmul of a matrix and a batch", "", op, torch.matmul, w(4, 8), x(4, 8, 4))
-    yield case("matmul that broadcasts", "", op, torch.matmul, x(1, 4, 8), x(4, 8, 4))
-    yield case("matmul with a vector", "", op, torch.matmul, x(4, 8), w(8))
+    yield case("matmul of a matrix and a batch", "b m k n", aten.bmm.default, torch.matmul, w(4, 8), x(4, 8, 4))
+    yield case("matmul that broadcasts", "b m k n", aten.bmm.default, torch.matmul, x(1, 4, 8), x(4, 8, 4))
+    yield case("matmul with a vector", "m k", aten.mv.default, torch.matmul, x(4, 8), w(8))
 
 
 def convolution_cases() -> Iterator[Any]:
@@ -183,19 +132,6 @@ def attention_cases() -> Iterator[Any]:
                random=True)
     yield case("attention in groups", "", op, attention(enable_gqa=True), x(4, 4, 4, 8), x(4, 2, 4, 8), x(4, 2, 4, 8))
     yield case("attention of 3 dims", "", op, call, *(x(4, 8, 4),) * 3)
-
-
-def loss_cases() -> Iterator[Any]:
-    op, call = aten.cross_entropy_loss.default, F.cross_entropy
-    yield case("cross_entropy", "t", op, call, x(8, 4), i(4, 8))
-    yield case("cross_entropy ignoring", "t", op, call, x(8, 4), targets(8, 4))
-    yield case("cross_entropy ignoring a class", "t", op, lambda *o: call(*o, ignore_index=2), x(8, 4), i(4, 8))
-    yield case("cross_entropy smoothed", "t", op, lambda *o: call(*o, label_smoothing=0.2), x(8, 4), targets(8, 4))
-    yield case("cross_entropy summed", "", op, lambda *o: call(*o, reduction="sum"), x(8, 4), targets(8, 4))
-    yield case("cross_entropy by row", "", op, lambda *o: call(*o, reduction="none"), x(8, 4), targets(8, 4))
-    yield case("cross_entropy weighted", "", op, lambda t, y, v: call(t, y, v.exp()), x(8, 4), targets(8, 4), b(4))
-    yield case("cross_entropy of maps", "", op, call, x(4, 8, 4), i(8, 4, 4))
-    yield case("cross_entropy of probabilities", "", op, call, x(8, 4), x(8, 4))
 
 
 def shape_cases() -> Iterator[Any]:
@@ -287,8 +223,10 @@ def cluster_cases() -> Iterator[Any]:
 
 def other_cases() -> Iterator[Any]:
     embed = aten.embedding.default
-    yield case("embedding", "d e0 e1", embed, lambda t, v: F.embedding(t, v), i(8, 4, 3), w(8, 8))
-    yield case("embedding with padding", "d e0 e1", embed, lambda t, v: F.embedding(t, v, 1), i(8, 4, 4), w(8, 8))
+    yield case("embedding", "v d e0 e1", embed, lambda t, v: F.embedding(t, v), i(8, 4, 3), w(8, 8))
+    yield case("embedding with padding", "v d e0 e1", embed, lambda t, v: F.embedding(t, v, 5), i(8, 4, 4), w(8, 8))
+    yield case("embedding with an input for table", "v_0 v_1 d e0", embed,
+               lambda t, v: F.embedding(t, v.reshape(16, 4)), i(16, 4), x(4, 4, 4))
     yield case("embedding by frequency", "", embed, lambda t, v: F.embedding(t, v, scale_grad_by_freq=True), i(3, 8),
                w(3, 8))
     yield case("softmax", "o0 o1", aten.softmax.int, lambda t: t.softmax(-1), x(4, 4, 4))
@@ -300,20 +238,27 @@ def other_cases() -> Iterator[Any]:
                x(4, 4, 6, 6))
     yield case("adaptive_avg_pool1d", "n c", aten.adaptive_avg_pool1d.default, lambda t: F.adaptive_avg_pool1d(t, 2),
                x(4, 4, 8))
-    yield case("an op without a rule", "", aten.cumsum.default, lambda t: t.cumsum(1), x(4, 4))
+    yield case("an op without a rule", "", aten.trace.default, torch.trace, x(4, 4))
     yield case("a mean of everything", "i0 i1", aten.sum.default, torch.mean, x(4, 8))
 
 
-CASES = [*linear_cases(), *matmul_cases(), *convolution_cases(), *norm_cases(), *attention_cases(), *loss_cases(),
-         *shape_cases(), *reduction_cases(), *pointwise_cases(), *cluster_cases(), *other_cases()]
+OFTEN = [*linear_cases(), *matmul_cases(), *convolution_cases(), *norm_cases(), *attention_cases(), *shape_cases(),
+         *reduction_cases(), *pointwise_cases(), *cluster_cases(), *other_cases(), *loss_cases.CASES]
+SELDOM = [*moving_cases.CASES, *layer_cases.CASES]
+CASES = [*OFTEN, *SELDOM]
+POINTS = [pytest.param(param.values[0], mesh, id=f"{param.id}-{mesh}",
+                       marks=pytest.mark.slow if param in SELDOM and mesh is not MESHES[-1] else ())
+          for param, mesh in itertools.product(CASES, MESHES)]
+"""A mesh of two axes has the assignments of one among its own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A captured case with its operands by placeholder, in the order of the call."""
+    """A captured case with its operands by placeholder, in the order of the call; `known` are constants besides."""
 
     context: Context
     given: dict[str, Tensor]
+    known: dict[str, Tensor]
     place: int
 
     @property
@@ -334,8 +279,8 @@ def captured(case: Case) -> Subject:
     names = [placeholder.get(name) if name else next(rest).name for name in module.held]
     given = {name: operand.detach() for name, operand in zip(names, operands, strict=True) if name}
     found = everything_differentiable(context(annotate(program)))
-    place = max(i for i, op in enumerate(found.segmented.ops) if op.main.target is case.op)
-    return Subject(found, given, place)
+    place = max(i for i, op in enumerate(found.segmented.ops) if call_of(op.main).target is case.op)
+    return Subject(found, given, program.constants, place)
 
 
 def decisions(subject: Subject, mesh: Mesh) -> Iterator[Decision]:
@@ -355,7 +300,7 @@ def wanted(case: Case) -> Trial:
     subject = captured(case)
     if not case.random:
         return reference(subject.context, case.call, subject.given)
-    return simulated(next(decisions(subject, Mesh((1,)))), subject.given)
+    return simulated(next(decisions(subject, Mesh((1,)))), subject.given | subject.known)
 
 
 @pytest.fixture(autouse=True)
@@ -363,13 +308,12 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(COMPUTE_DTYPE, "fp64", torch.float64)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mesh"), POINTS)
 def test_shards_recombine_to_the_whole(case: Case, mesh: Mesh) -> None:
     subject = captured(case)
     for decision in decisions(subject, mesh):
         try:
-            assert_same(simulated(decision, subject.given), wanted(case), TOLERANCE)
+            assert_same(simulated(decision, subject.given | subject.known), wanted(case), TOLERANCE)
         except Exception as failure:
             stored = {node.name: str(storage) for node, storage in decision.storage.items()}
             taken = decision.assignments[subject.place]
@@ -379,6 +323,11 @@ def test_shards_recombine_to_the_whole(case: Case, mesh: Mesh) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_factors_that_may_be_sharded(case: Case) -> None:
     assert {f.key for f in captured(case).op.factors if f.shardable} == set(case.factors.split())
+
+
+def test_a_table_of_positions_is_cut_by_columns_only() -> None:
+    found = annotated(lambda v: F.embedding(torch.arange(4), v), nn.Parameter(torch.randn(8, 8)))
+    assert {f.key for f in found.segmented.ops[-1].factors if f.shardable} == {"d", "e0"}
 
 
 def test_every_rule_has_a_case() -> None:

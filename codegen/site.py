@@ -1,0 +1,34 @@
+"""Where an op stands in a lowered program: what a substitute is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopar.codegen.communicator import Communicator, Group
+from autopar.core.spec import Spec
+from autopar.passes.exchanges import Cut
+from autopar.passes.factors import Factored
+from autopar.passes.ops import Op
+from autopar.passes.strategies import Assignment
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where an op stands: its node, the op it is in, what each axis does, the spec of its result."""
+
+    node: fx.Node
+    op: Op
+    assignment: Assignment
+    spec: Spec
+    factored: Factored
+    communicator: Communicator
+
+    def axes(self, *letters: str) -> tuple[int, ...]:
+        """The axes over any factor of `letters`."""
+        return Cut(self.op, self.assignment, self.communicator.mesh).axes(*letters)
+
+    def group(self, axes: tuple[int, ...]) -> Group:
+        """This rank's group along `axes`; itself alone when there are none."""
+        return self.communicator.group(axes) if axes else Group("", 0, (0,))
