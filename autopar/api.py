@@ -74,7 +74,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             mesh: MeshLike | None = None, plan: PlanLike | None = None, memory_budget: float | str | None = None,
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
             returns: Returns = "loss", pins: Mapping[str, str] | None = None, compiler: Compiler | None = None,
-            init: str | os.PathLike[str] | None = None, keep_shapes: bool = False) -> nn.Module:
+            init: str | os.PathLike[str] | None = None, keep_shapes: bool = False,
+            exact_dropout: bool | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
@@ -86,7 +87,9 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     or "eager", which runs them as they are, for debugging; the default is "inductor" on GPUs that Triton knows and
     "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model that was built
     under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a folder of them, or
-    one of `autopar.save_checkpoint`), or "model", its own initialisation. All else is as in `autopar.plan`. Raises
+    one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all dropout draws the
+    same mask under every plan; without it, the default on GPUs, that inside of attention is left to the fused kernel,
+    which is faster and draws another on each rank. All else is as in `autopar.plan`. Raises
     AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None, Material]:
@@ -112,7 +115,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
                                "running; start as many ranks as the cluster has devices, or name another cluster")
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
         return Order(place, request, precision, loss_fn, read, batch, returns,
-                     compiler_for(launch.device(), compiler), material, STORED[bool(keep_shapes)])
+                     compiler_for(launch.device(), compiler), material, STORED[bool(keep_shapes)],
+                     "by element" if exact_dropout or launch.device().type == "cpu" else "by kernel")
 
     request, call, material = together(asked)  # by each rank alone where they have not met yet
     launch.init()

@@ -23,6 +23,7 @@ from autopar.codegen.lower import Target
 from autopar.codegen.offers import batched
 from autopar.codegen.parameters import device_mesh
 from autopar.codegen.runtime import ParallelModule, Site
+from autopar.codegen.site import Draws
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, CaptureError
 from autopar.core.mesh import Mesh
@@ -34,6 +35,7 @@ from autopar.passes.blame import blame
 from autopar.passes.capture import Precision, Returns, Stored, capture, meta_twin
 from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
+from autopar.passes.rules.nodes import argument
 from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
 from autopar.planner import Report, Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
@@ -59,6 +61,7 @@ class Order:
     compiler: Compiler
     material: Material
     stored: Stored = "by factor"
+    draws: Draws = "by element"
 
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
@@ -75,7 +78,15 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
                   form_of(model, order.loss_fn))
     module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
     module.plan = made
+    if order.draws == "by kernel" and any(_drops(node) for node in ctx.segmented.factored.program.graph.nodes):
+        log.info("dropout inside of attention is drawn by its kernels, another mask on each rank; exact_dropout=True "
+                 "draws the same under every plan")
     return module
+
+
+def _drops(node: fx.Node) -> bool:
+    attends = node.target is torch.ops.aten.scaled_dot_product_attention.default
+    return attends and argument(node, 4, "dropout_p", 0.0) > 0.0
 
 
 def _ways(decision: Decision, kind: BatchKind | None) -> tuple[Axes, ...]:
@@ -159,7 +170,8 @@ class Programs:
         decision = self._decision(training, call)
         assert self._communicator is not None
         price = self._order.cluster.pricer(decision.mesh)
-        lowered = build(Target(decision, self._communicator, price, launch.device(), input_specs(decision, axes)))
+        lowered = build(Target(decision, self._communicator, price, launch.device(), input_specs(decision, axes),
+                               self._order.draws))
         return COMPILERS[self._order.compiler](lowered)
 
 

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.communicator import Communicator
-from autopar.codegen.site import Site
+from autopar.codegen.site import Draws, Site
 from autopar.codegen.substitute import substitute
 from autopar.core.reshard import Price, cheapest_path
 from autopar.core.spec import Spec
@@ -34,22 +34,28 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """One segment on one device: `module` maps its externals and a seed to the values `exports`, in order."""
+    """One segment on one device: `module` maps its externals and a seed to the values `exports`, in order.
+
+    `host_seeded` ones take a seed in host memory besides, last.
+    """
 
     segment: Segment
     module: fx.GraphModule
     exports: tuple[fx.Node, ...]
+    host_seeded: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """For what is lowered: the decision, this rank's groups, the price that chose the paths, the device."""
+    """For what is lowered: the decision, this rank's groups, the price that chose the paths, the device, and how
+    attention draws its dropout."""
 
     decision: Decision
     communicator: Communicator
     price: Price
     device: torch.device
     inputs: dict[fx.Node, Spec] = field(default_factory=dict)
+    draws: Draws = "by element"
 
 
 def lower(segment: Segment, exports: tuple[fx.Node, ...], target: Target) -> Lowered:
@@ -76,15 +82,19 @@ class _Lowering:
             placeholder = self.graph.placeholder(node.name)
             self.sources[node] = self._external_spec(node)
             self.made[node, self._base_spec(node)] = placeholder
-        self.seed = self.graph.placeholder("seed")
+        self.seeds = {"seed": self.graph.placeholder("seed"), "host_seed": self.graph.placeholder("host_seed")}
         self._receive_parameters()
         for index in self.segment.ops:
             self._lower_op(self.context.segmented.ops[index], index)
         outputs = tuple(self._output(node) for node in exports)
         self.graph.output(outputs)
         self.graph.eliminate_dead_code(_has_effect)
+        host_seeded = bool(self.seeds["host_seed"].users)
+        if not host_seeded:
+            self.graph.erase_node(self.seeds["host_seed"])
         self.graph.lint()
-        return Lowered(self.segment, fx.GraphModule(self.root, self.graph, self.segment.name), exports)
+        module = fx.GraphModule(self.root, self.graph, self.segment.name)
+        return Lowered(self.segment, module, exports, host_seeded)
 
     def _external_spec(self, node: fx.Node) -> Spec:
         if node in self.decision.storage:
@@ -218,10 +228,11 @@ class _Lowering:
 
     def _emit(self, node: fx.Node, args: Any, kwargs: Any, op: Op, index: int) -> fx.Node:
         spec = self._spec_of(node, op, index)
-        site = Site(node, op, self.decision.assignments[index], spec, self.factored, self.target.communicator)
+        site = Site(node, op, self.decision.assignments[index], spec, self.factored, self.target.communicator,
+                    self.target.draws)
         module = substitute(site, self.place[node])
         if module is not None:
-            kwargs = {**kwargs, "seed": self.seed} if hasattr(module, "takes_seed") else kwargs
+            kwargs = {**kwargs, **{name: seed for name, seed in self.seeds.items() if hasattr(module, f"takes_{name}")}}
             emitted = self._call(module, op.name, args, kwargs)
         else:
             args, kwargs = self._localize(node, args, kwargs, spec)

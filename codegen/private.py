@@ -14,6 +14,8 @@ tensor, so `torch.compile` can trace, reorder and plan memory around them.
   both versions.
 - Importing `_functional_collectives` registers the ops' fake kernels; neither version does so with
   `torch.distributed`, and tracing without them fails.
+- Fused attention's ops are called by their own names: `scaled_dot_product_attention` keeps their random state to
+  itself. The same in both versions.
 
 Compiling goes by the public `torch.compile`; its backend is Inductor's entry under two settings of AOTAutograd that
 have no public name, and its errors have none either. All are the same in both versions, and imported when first used,
@@ -23,6 +25,7 @@ which takes seconds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 _OPS = torch.ops._c10d_functional
+_ATEN = torch.ops.aten
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
@@ -131,3 +135,47 @@ def triton_is_usable() -> bool:
     """Whether Triton is installed and knows this machine's devices."""
     from torch.utils._triton import has_triton
     return has_triton()
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A fused attention kernel: `forward(query, key, value, bias, rate, causal, scale)` gives the result, the scores'
+    logarithmic sums and two parts of random state; `backward(gradient, query, key, value, bias, those four, rate,
+    causal, scale)` the gradients of query, key and value. The ops have no public name that gives or takes the state.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, _: None, rate: float, causal: bool,
+           scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = _ATEN._scaled_dot_product_flash_attention(query, key, value, rate, causal, False, scale=scale)
+    return made[0], made[1], made[6], made[7]
+
+
+def _flash_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, _: None, made: tuple[Tensor, ...],
+                    rate: float, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    out, sums, *state = made
+    found = _ATEN._scaled_dot_product_flash_attention_backward(
+        gradient, query, key, value, out, sums, None, None, query.shape[2], key.shape[2], rate, causal, *state,
+        scale=scale)
+    return found[0], found[1], found[2]
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, rate: float, causal: bool,
+               scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = _ATEN._scaled_dot_product_efficient_attention(query, key, value, bias, True, rate, causal, scale=scale)
+    return made[0], made[1], made[2], made[3]
+
+
+def _efficient_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
+                        made: tuple[Tensor, ...], rate: float, causal: bool,
+                        scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    found = _ATEN._scaled_dot_product_efficient_attention_backward(
+        gradient, query, key, value, bias, *made, rate, [True, True, True, False], causal, scale=scale)
+    return found[0], found[1], found[2]
+
+
+FLASH = Kernel(_flash, _flash_backward)
+MEMORY_EFFICIENT = Kernel(_efficient, _efficient_backward)

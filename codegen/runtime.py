@@ -57,14 +57,18 @@ class Body(nn.Module):
 
     def forward(self, executable: Executable, given: dict[fx.Node, Tensor], seed: tuple[int, int],
                 device: torch.device) -> dict[fx.Node, Tensor]:
-        seeds = seeds_of(*seed, len(executable.calls), device)
+        count = len(executable.calls)
+        made, on_host = seeds_of(*seed, count, device), seeds_of(*seed, count, torch.device("cpu"))
+        seeds = tuple((one, other) if each.lowered.host_seeded else (one,)
+                      for one, other, each in zip(made, on_host, executable.calls, strict=True))
 
         def everything(held: dict[str, Tensor]) -> tuple[Any, ...]:
             return (executable.run(given, self._caller(executable, held, seeds)),)
 
         return nested(tuple(self.shared), everything, {}, ())[0]  # type: ignore[arg-type,return-value]
 
-    def _caller(self, executable: Executable, shared: dict[str, Tensor], seeds: tuple[Tensor, ...]) -> Any:
+    def _caller(self, executable: Executable, shared: dict[str, Tensor],
+                seeds: tuple[tuple[Tensor, ...], ...]) -> Any:
         def call(i: int, values: dict[fx.Node, Tensor]) -> tuple[Tensor, ...]:
             each = executable.calls[i]
             named = tuple(zip(each.segment.externals, each.parameters, strict=True))
@@ -72,7 +76,7 @@ class Body(nn.Module):
 
             def run(held: dict[str, Tensor], *passed: Tensor) -> tuple[Tensor, ...]:
                 rest = iter(passed)
-                return each.run(*(held[name] if name else next(rest) for name in each.parameters), seeds[i])
+                return each.run(*(held[name] if name else next(rest) for name in each.parameters), *seeds[i])
 
             return nested(self.by_segment.get(each.segment.name, ()), run, shared, inputs)
 

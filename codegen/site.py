@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
@@ -12,6 +13,9 @@ from autopar.passes.exchanges import Cut
 from autopar.passes.factors import Factored
 from autopar.passes.ops import Op
 from autopar.passes.strategies import Assignment
+
+Draws = Literal["by element", "by kernel"]
+"""How attention draws dropout: the same mask under every plan, or as a fused kernel likes, distinct by shard."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +28,7 @@ class Site:
     spec: Spec
     factored: Factored
     communicator: Communicator
+    draws: Draws = "by element"
 
     def axes(self, *letters: str) -> tuple[int, ...]:
         """The axes over any factor of `letters`."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autopar.codegen.attention import KernelAttention, fits
 from autopar.codegen.batch_norm import Normalize, statistics
 from autopar.codegen.collectives import convert
 from autopar.codegen.site import Site
@@ -200,7 +201,14 @@ def _batch_norm(site: Site, _: int) -> nn.Module | None:
 
 
 def _attention(site: Site, salt: int) -> nn.Module | None:
-    return Attention(site, salt) if argument(site.node, 4, "dropout_p", 0.0) else None
+    if not argument(site.node, 4, "dropout_p", 0.0):
+        return None
+    query, value, mask = (value_of(argument(site.node, i, name, None)) for i, name in
+                          ((0, "query"), (2, "value"), (3, "attn_mask")))
+    assert query is not None and value is not None
+    if site.draws == "by kernel" and fits(query, value, mask):
+        return KernelAttention(site.group(site.axes("b", "h")).index, salt)
+    return Attention(site, salt)
 
 
 SUBSTITUTES: dict[Any, Callable[[Site, int], nn.Module | None]] = {

@@ -6,11 +6,20 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from autopar.plan_cache import FOLDER
 from tests.pool import Pool
 
 os.environ[FOLDER] = "off"  # of workers and commands too
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped, and said to be, where there is none."""
+    missing = pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is false")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(missing)
 
 
 @pytest.fixture(scope="session")
