@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import autopar
 from autopar.models.catalog import CLASSES, IMAGE_SIZE, MODELS
 from autopar.models.registry import build
+from autopar.models.resnet import resnet
 
 GIB = 2.0**30
 WARMUP = 5
@@ -76,7 +77,8 @@ def batches(model: str, batch: int, seq: int | None, device: torch.device) -> It
     while True:
         if seq is None:
             labels = torch.randint(CLASSES, (batch,), generator=generator)
-            pictures = nn.functional.interpolate(source[labels], size=IMAGE_SIZE) + torch.randn(batch, 1, 1, 1)
+            noise = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+            pictures = nn.functional.interpolate(source[labels], size=IMAGE_SIZE) + noise
             yield {"pixel_values": pictures.to(device), "labels": labels.to(device)}
             continue
         starts = torch.randint(len(source) - seq, (batch,), generator=generator)
@@ -87,17 +89,32 @@ def batches(model: str, batch: int, seq: int | None, device: torch.device) -> It
         yield {"input_ids": (ids.masked_fill(hidden, MASK) if masked else ids).to(device), "labels": labels.to(device)}
 
 
+def plain(name: str, known: nn.Module, dropout: float | None) -> nn.Module:
+    """The model, whose like is `known`, without memory; all its dropout at the rate `dropout` where one is given."""
+    with autopar.empty():
+        if MODELS[name].family == "resnet":
+            return resnet(name).train()
+        config: Any = known.config
+        for rate in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "dropout", "hidden_dropout_prob",
+                     "attention_probs_dropout_prob"):
+            if dropout is not None and hasattr(config, rate):
+                setattr(config, rate, dropout)
+        config.use_cache = False
+        made: nn.Module = type(known)(config)
+    made.loss_type = known.loss_type  # type: ignore[assignment]
+    return made.train()
+
+
 def train(model: str, batch: int, seq: int | None, arguments: argparse.Namespace) -> Row:
     """A run of one model. Raises whatever goes wrong."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     built = build(model, batch, seq)
-    for module in built.model.modules():
-        if isinstance(module, nn.Dropout) and arguments.dropout is not None:
-            module.p = arguments.dropout
-    made: Any = autopar.compile(built.model, inputs=built.inputs, loss_fn=built.loss_fn, mode=arguments.mode,
-                                batch="global", init="model", compiler=arguments.compiler)
+    torch.manual_seed(0)
+    made: Any = autopar.compile(plain(model, built.model, arguments.dropout), inputs=built.inputs,
+                                loss_fn=built.loss_fn, mode=arguments.mode, batch="global",
+                                init="model", compiler=arguments.compiler)
     start_seconds, start_gib = time.perf_counter() - begin, torch.cuda.max_memory_allocated() / GIB
     optimizer = torch.optim.AdamW(made.parameters(), lr=arguments.lr, fused=True)
     losses, took = [], []
