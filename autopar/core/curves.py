@@ -14,10 +14,10 @@ from autopar.core.files import entries, entry
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds are `knot_s[i]` at `knot_bytes[i]` bytes, between knots straight, after the last straight on as before it.
+    """Seconds are `knot_s[i]` at `knot_bytes[i]` bytes and straight between knots.
 
-    Before the first knot they are as at it: that is the latency. `misfit` is the largest |curve / measured - 1| of the
-    medians that the curve was fitted to.
+    After the last knot it goes straight on; before the first it is as there: that is the latency. `misfit` is the
+    largest |curve / measured - 1| of the medians that the curve was fitted to.
     """
 
     knot_bytes: tuple[float, ...]
@@ -34,7 +34,7 @@ class Curve:
         if any(a >= b for a, b in itertools.pairwise(self.knot_bytes)):
             raise AutoparError(f"knot_bytes are {list(self.knot_bytes)}, needed are ascending ones")
         if any(a > b for a, b in itertools.pairwise(self.knot_s)):
-            raise AutoparError(f"knot_s are {list(self.knot_s)}, needed are ones that never fall: more bytes take longer")
+            raise AutoparError(f"knot_s are {list(self.knot_s)}, needed are ones that never fall")
         if not 0.0 <= self.misfit < float("inf"):
             raise AutoparError(f"misfit is {self.misfit}, needed is a finite number of at least 0")
 

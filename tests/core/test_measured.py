@@ -78,7 +78,8 @@ def test_files_hold_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    ({"primitive": "broadcast"}, "unknown collective 'broadcast'; known: all_gather"), ({"primitive": 3}, "'primitive'"),
+    ({"primitive": "broadcast"}, "unknown collective 'broadcast'; known: all_gather"),
+    ({"primitive": 3}, "'primitive' is 3"),
     ({"groups": [[0, 1], [2, 4]]}, "name devices 0 to 4, the cluster has 0 to 3"),
     ({"groups": [[0, 1], [1, 2]]}, "name each device once"), ({"groups": [[0], [1]]}, "groups of one size, at least 2"),
     ({"groups": [[0, 1], [2]]}, "groups of one size"), ({"groups": []}, "groups of one size"),
@@ -99,5 +100,5 @@ def test_nothing_is_measured_twice() -> None:
 
 
 def test_files_of_before_are_refused_with_the_reason() -> None:
-    with pytest.raises(AutoparError, match="'autopar cluster 1', needed is 'autopar cluster 2', which tells of measured"):
+    with pytest.raises(AutoparError, match="'autopar cluster 1', needed is 'autopar cluster 2', which tells"):
         Cluster.from_json({"format": "autopar cluster 1"})
