@@ -24,6 +24,16 @@ MOST_CALLS = 1000
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """A call that moves `nbytes` and takes about `once_s` seconds; `calls` of it make a batch."""
+
+    nbytes: int
+    call: Callable[[], object]
+    once_s: float
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
 class Crew:
     """The ranks of `group`, which are all; this one has number `rank` and computes on `device`."""
 
@@ -60,29 +70,31 @@ class Crew:
         """`nbytes` of random fp32, at least one element a rank."""
         return torch.rand(max(self.size, nbytes // 4), device=self.device)
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Seconds of one `call` on the rank that takes longest, all ranks at once: the median over batches of calls.
-
-        Collective; the first calls, which open connections and fill caches, don't count.
-        """
-        self._batch(call, 1)
-        once = max(found for found, in self.told([self._batch(call, 1)]))
-        calls = max(1, min(MOST_CALLS, round(self.effort.batch_s / once)))
-        batches: list[float] = []
-        for _ in range(self.effort.repeats):
-            self.meet()
-            batches.append(self._batch(call, calls) / calls)
-        slowest = [max(each) for each in zip(*self.told(batches), strict=True)]
-        return float(statistics.median(slowest))
-
     def points(self, sizes: Sequence[int], call_of: Callable[[int], Callable[[], object]]) -> list[tuple[int, float]]:
-        """Bytes and seconds of the calls of ascending sizes, up to where a call would last too long. Collective."""
-        found: list[tuple[int, float]] = []
+        """Bytes and seconds of the calls of ascending sizes, up to where a call would last too long. Collective.
+
+        Seconds are those of the rank that takes longest, all ranks at once: the median over batches of calls, which go
+        through all sizes one after another so that what disturbs them for a while disturbs few of each.
+        """
+        trials: list[Trial] = []
         for nbytes in sizes:
-            if len(found) >= FEWEST_SIZES and found[-1][1] * nbytes / found[-1][0] > self.effort.longest_s:
+            if len(trials) >= FEWEST_SIZES and trials[-1].once_s * nbytes / trials[-1].nbytes > self.effort.longest_s:
                 break
-            found.append((nbytes, self.seconds(call_of(nbytes))))
-        return found
+            trials.append(self._trial(nbytes, call_of(nbytes)))
+        mine = [self._together(trial) for _ in range(self.effort.repeats) for trial in trials]
+        slowest = [max(each) for each in zip(*self.told(mine), strict=True)]
+        return [(trial.nbytes, statistics.median(slowest[i::len(trials)])) for i, trial in enumerate(trials)]
+
+    def _trial(self, nbytes: int, call: Callable[[], object]) -> Trial:
+        """The first calls, which open connections and fill caches, and one that tells how many make a batch."""
+        self._batch(call, 1)
+        once = min(max(found for found, in self.told([self._batch(call, 1)])) for _ in range(2))
+        return Trial(nbytes, call, once, max(1, min(MOST_CALLS, round(self.effort.batch_s / once))))
+
+    def _together(self, trial: Trial) -> float:
+        """Seconds a call on this rank of a batch that all ranks begin together."""
+        self.meet()
+        return self._batch(trial.call, trial.calls) / trial.calls
 
     def _batch(self, call: Callable[[], object], calls: int) -> float:
         start = time.perf_counter()
