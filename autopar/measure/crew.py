@@ -18,7 +18,7 @@ from autopar import launch
 from autopar.core.errors import AutoparError, RankLost
 from autopar.measure.effort import EFFORTS, FEWEST_SIZES, Effort
 
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=40)
 """How long a rank waits for another: one that is lost ends all of them after it."""
 MOST_CALLS = 1000
 

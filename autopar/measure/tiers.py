@@ -1,8 +1,9 @@
 """Hosts, recognised by their links: what is fast within and slow between.
 
 Pairs of ranks are sorted by bandwidth. Where it falls by more than APART from one to the next there may be a border
-between tiers: ranks joined by faster pairs are then hosts, if every two ranks of a host are joined so. One slow link
-among many fast ones makes none. The steepest border that makes hosts is taken; without one all is one host.
+between tiers: ranks joined by faster pairs are then hosts, if every two ranks of a host are joined so and the links
+between hosts don't differ by more than the border. One slow link among many fast ones makes none. The steepest border
+that makes hosts is taken; without one all is one host.
 
 Where the links of a tier are alike, each is the median of its tier and a row of the matrices is a host; else every
 device has a row.
@@ -52,9 +53,11 @@ def hosts_of(bytes_per_s: Matrix) -> Hosts:
     rates = sorted(pairs.values())
     borders = sorted(((fast / slow, fast) for slow, fast in itertools.pairwise(rates) if fast / slow > APART),
                      reverse=True)
-    for _, fast in borders:
+    for border, fast in borders:
         found = _joined(len(ranks), [pair for pair, rate in pairs.items() if rate >= fast])
-        if all(rate >= fast for (i, j), rate in pairs.items() if found[i] == found[j]) and max(found) > 0:
+        within, between = ([rate for (i, j), rate in pairs.items() if (found[i] == found[j]) is same]
+                           for same in (True, False))
+        if between and min(within) >= fast and max(between) <= border * min(between):
             return found
     return (0,) * len(ranks)
 

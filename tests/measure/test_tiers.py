@@ -56,6 +56,14 @@ def test_one_slow_link_makes_no_host(hosts: Hosts) -> None:
     assert found.links.bytes_per_s[1][2] == ACROSS
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_links_that_vary_make_no_hosts_beside_a_far_slower_one(seed: int) -> None:
+    generator = random.Random(seed)
+    pairs = {(i, j): generator.uniform(0.5e9, 3e9) for i in range(4) for j in range(i)} | {(2, 1): 12.5e6}
+    rates = tuple(tuple(pairs.get((max(i, j), min(i, j)), 0.0) for j in range(4)) for i in range(4))
+    assert hosts_of(rates) == (0, 0, 0, 0)
+
+
 def test_the_steepest_border_counts() -> None:
     """Pairs of cards joined twice as fast as others of a host, hosts ten times slower."""
     def rate(i: int, j: int) -> float:
