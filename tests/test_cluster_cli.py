@@ -51,8 +51,8 @@ def ranks(count: int, *arguments: str, dying: str = "none", at: str = "devices",
     place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
              "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MEASURE.format(dying=dying, at=at), *arguments]
-    started = [subprocess.Popen(command, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(count)]
+    started = [subprocess.Popen(command, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(count)]
     said = [process.communicate(timeout=seconds) for process in started]
     return [subprocess.CompletedProcess(command, process.returncode, out, err)
             for process, (out, err) in zip(started, said, strict=True)]

@@ -31,7 +31,7 @@ _LARGE = ((8192, 8192, 8192), (8192, 1536, 6144), (16384, 4096, 4096))
 _SMALL = ((512, 512, 512), (1024, 256, 1024))
 EFFORTS: dict[str, Effort] = {
     "nccl": Effort((KIB, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB,
-                    512 * MIB), (KIB, MIB, 64 * MIB, 256 * MIB), 0.01, 5, 0.6,
+                    512 * MIB), (KIB, MIB, 64 * MIB, 256 * MIB), 0.01, 3, 0.6,
                    {"fp32": _LARGE, "bf16": _LARGE, "fp16": _LARGE}, 1024 * MIB),
     "gloo": Effort((KIB, 8 * KIB, 64 * KIB, 512 * KIB, 2 * MIB, 8 * MIB, 16 * MIB),
                    (KIB, 256 * KIB, 2 * MIB, 8 * MIB), 0.02, 5, 0.25,

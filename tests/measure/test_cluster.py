@@ -69,8 +69,9 @@ def failing(rank: int, world_size: int) -> str:
 
 def test_a_lost_rank_is_told_in_one_line(pool: Any) -> None:
     for rank, said in enumerate(pool(2).run(failing)):
-        assert said == (f"rank {rank} can't go on measuring, most likely as another rank is lost (RuntimeError: Connection "
-                        "closed by peer); nothing is written; see what the other ranks say, then measure again")
+        assert said == (f"rank {rank} can't go on measuring, most likely as another rank is lost (RuntimeError: "
+                        "Connection closed by peer); nothing is written; see what the other ranks say, then measure "
+                        "again")
 
 
 def after(rank: int, world_size: int) -> int:

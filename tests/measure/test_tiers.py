@@ -26,8 +26,8 @@ def measured(hosts: Hosts, noise: float = 0.0, slow: tuple[int, int] | None = No
 
 
 @pytest.mark.parametrize("hosts", [
-    (0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0), (0, 0, 0, 0), (0, 0), (0, 0, 0, 1), (0, 0, 1, 1, 2, 2), (0, 1, 2, 0, 1, 2),
-    (0,) * 8 + (1,) * 8,
+    (0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0), (0, 0, 0, 0), (0, 0), (0, 0, 0, 1), (0, 0, 1, 1, 2, 2),
+    (0, 1, 2, 0, 1, 2), (0,) * 8 + (1,) * 8,
 ])
 @pytest.mark.parametrize("noise", [0.0, 0.08])
 def test_hosts(hosts: Hosts, noise: float) -> None:
