@@ -41,13 +41,13 @@ def _measured(crew: Crew, name: str | None) -> Cluster:
             found += collectives(crew, groups, lambda: advance("collectives"))
     kinds = Counter(device.kind for device in machines)
     if len(set(machines)) > 1:
-        tell(crew.rank, f"autopar: devices differ: {_differences(machines)}; a plan is as slow as the slowest of them")
+        tell(crew.rank, f"autopar: devices differ: {differences(machines)}; a plan is as slow as the slowest of them")
     title = name or f"measured {'+'.join(f'{count}x{kind}' for kind, count in kinds.items())}"
     return Cluster(title, machines, tiers.hosts, tiers.rows, tiers.links.latency_s, tiers.links.bytes_per_s, crossing,
                    tuple(found))
 
 
-def _differences(machines: tuple[Device, ...]) -> str:
+def differences(machines: tuple[Device, ...]) -> str:
     """Which ranks have which device, with what tells devices of one kind apart."""
     ranks: dict[Device, list[int]] = {}
     for rank, device in enumerate(machines):

@@ -1,7 +1,7 @@
 """Every link by itself: a message one way and a short one back, timed by the rank that sends first.
 
 With latency α_ij and β_ij seconds a byte, n bytes from i to j and s back take α_ij + n · β_ij + α_ji + s · β_ji. Half
-of the shortest exchange is the latency of either way, and what the largest two differ by per byte is β_ij.
+of the shortest exchange is the latency of either way, and what the longest takes more than it, per byte, is β_ij.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def links(crew: Crew, done: Callable[[], None]) -> Links:
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Latency in seconds, and bytes a second, of exchanges by bytes; see the module."""
-    (less, before), (more, after) = points[-2:]
-    rate = (more - less) / (after - before) if after > before else more / after
-    return points[0][1] / 2.0, rate
+    (least, before), (most, after) = points[0], points[-1]
+    rate = (most - least) / (after - before) if after > before else most / after
+    return before / 2.0, rate
 
 
 def _exchange(crew: Crew, i: int, j: int, nbytes: int) -> Callable[[], object]:

@@ -84,3 +84,10 @@ def after(rank: int, world_size: int) -> int:
 
 def test_no_group_is_left_open(pool: Any) -> None:
     assert pool(2).run(after) == [0, 0]
+
+
+def test_unlike_devices_are_told_apart() -> None:
+    cards = [Cluster.preset(f"1x{kind}").devices[0] for kind in ("H200", "H100", "H200")]
+    said = measuring.differences(tuple(cards))
+    assert said == ("rank 0 2 H200 643 TFLOP/s in bf16, 4.8e+03 GB/s, 131 GiB, rank 1 H100 643 TFLOP/s in bf16, "
+                    "3.35e+03 GB/s, 74.5 GiB")

@@ -13,4 +13,4 @@ def test_exchanges_tell_latency_and_rate() -> None:
 
 
 def test_noise_never_makes_a_link_of_no_rate() -> None:
-    assert line([(1024, 1e-4), (2**20, 3e-3), (2**21, 2e-3)]) == (5e-5, 2**21 / 2e-3)
+    assert line([(1024, 3e-3), (2**20, 1e-3), (2**21, 2e-3)]) == (1.5e-3, 2**21 / 2e-3)
