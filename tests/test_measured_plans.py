@@ -46,9 +46,3 @@ def test_groups_that_take_long_take_longer(slow: Groups) -> None:
     context, request = model_context("gpt2"), Request("gpt2", "zero+1d", (2, 2), solver="highs")
     fast, hindered = (solve(context, where, request)[0] for where in (cluster(), cluster(slow)))
     assert hindered.seconds.step > fast.seconds.step
-
-
-def test_meshes_with_slow_groups_are_left_alone() -> None:
-    """Slow pairs leave the one axis of four, whose groups are not slow."""
-    plan, _ = solve(model_context("gpt2"), cluster(((0, 1), (2, 3))), Request("gpt2", "auto", solver="highs"))
-    assert plan.mesh == (4,)
