@@ -33,7 +33,7 @@ EFFORTS: dict[str, Effort] = {
     "nccl": Effort((KIB, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB,
                     512 * MIB), (KIB, MIB, 64 * MIB, 256 * MIB), 0.01, 3, 0.6,
                    {"fp32": _LARGE, "bf16": _LARGE, "fp16": _LARGE}, 1024 * MIB),
-    "gloo": Effort((KIB, 8 * KIB, 64 * KIB, 512 * KIB, 2 * MIB, 8 * MIB, 16 * MIB),
-                   (KIB, 256 * KIB, 2 * MIB, 8 * MIB), 0.02, 5, 0.25,
+    "gloo": Effort((KIB, 16 * KIB, 128 * KIB, MIB, 4 * MIB, 16 * MIB),
+                   (KIB, 256 * KIB, 2 * MIB, 8 * MIB), 0.01, 4, 0.25,
                    {"fp32": _SMALL, "bf16": _SMALL, "fp16": ((128, 128, 128), (256, 64, 128))}, 32 * MIB),
 }

@@ -2,7 +2,8 @@
 
 A curve of knots at b_1 < … < b_k is Σ_j s_j · h_j(bytes), where h_j is the hat that is 1 at b_j and 0 at the other
 knots, so for given knots the s_j of least Σ ((curve - measured) / measured)² are a linear least-squares solution. Knots
-are sought among the sizes that were measured, the first and the last always being two.
+are sought among the sizes that were measured, the first and the last always being two. Curves that end in a line far
+flatter than they are as a whole are no candidates: noise makes them, and would make any larger message free.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from autopar.core.curves import Curve
 CLOSE = 0.05
 """The misfit that is small enough to take no further knot."""
 MOST_KNOTS = 5
+FLATTEST = 0.25
+"""The slope of the last line over that from the first knot to the last, at least."""
 
 
 def fitted(points: Sequence[tuple[float, float]]) -> Curve:
@@ -24,12 +27,19 @@ def fitted(points: Sequence[tuple[float, float]]) -> Curve:
     best: Curve | None = None
     for count in range(2, min(MOST_KNOTS, len(points)) + 1):
         inner = itertools.combinations(range(1, len(points) - 1), count - 2)
-        found = min((_curve(points, (0, *knots, len(points) - 1)) for knots in inner), key=lambda curve: curve.misfit)
-        best = found if best is None or found.misfit < best.misfit else best
-        if best.misfit <= CLOSE:
+        curves = (_curve(points, (0, *knots, len(points) - 1)) for knots in inner)
+        found = min((curve for curve in curves if count == 2 or _rises(curve)), key=lambda curve: curve.misfit,
+                    default=best)
+        best = found if best is None or (found is not None and found.misfit < best.misfit) else best
+        if best is not None and best.misfit <= CLOSE:
             break
     assert best is not None, f"a curve needs two points, got {points}"
     return best
+
+
+def _rises(curve: Curve) -> bool:
+    mean = (curve.knot_s[-1] - curve.knot_s[0]) / (curve.knot_bytes[-1] - curve.knot_bytes[0])
+    return curve.s_per_byte >= FLATTEST * mean
 
 
 def _curve(points: Sequence[tuple[float, float]], knots: tuple[int, ...]) -> Curve:

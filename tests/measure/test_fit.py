@@ -44,5 +44,13 @@ def test_whatever_was_measured_is_a_curve(seed: int) -> None:
     assert curve.misfit == pytest.approx(worst)
 
 
+def test_noise_at_the_end_makes_no_message_free() -> None:
+    points = [(size, 2e-5 + size / 1e10) for size in SIZES]
+    size, seconds = points[-2]
+    points[-2] = (size, 4.5 * seconds)
+    curve = fitted(points)
+    assert curve.s_per_byte >= 0.25 * (curve.knot_s[-1] - curve.knot_s[0]) / SIZES[-1]
+
+
 def test_two_points_are_a_line() -> None:
     assert fitted([(1e3, 1e-5), (1e6, 1e-4)]).knot_s == pytest.approx((1e-5, 1e-4))
