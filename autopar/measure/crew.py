@@ -117,7 +117,9 @@ def assembled() -> Iterator[Crew]:
     try:
         group = dist.new_group(list(range(size)), timeout=PATIENCE)
         assert group is not None
-        yield Crew(group, dist.get_rank(), size, launch.device(), EFFORTS[dist.get_backend()])
+        crew = Crew(group, dist.get_rank(), size, launch.device(), EFFORTS[dist.get_backend()])
+        yield crew
+        crew.meet()  # a rank that leaves cuts off those that are still on their way in
         dist.destroy_process_group(group)
     except torch.OutOfMemoryError as error:
         raise RankLost(f"rank {dist.get_rank()} has too little free device memory to measure with: "
