@@ -157,13 +157,19 @@ def local_cluster(world_size: int) -> Cluster:
     if not torch.cuda.is_available():
         return Cluster.preset(f"cpu:{world_size}")
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    kind = next((kind for words, kind in _KINDS if all(w in name for w in words)), None)
+    kind = preset_kind(name, memory)
     if kind is None:
         raise AutoparError(f"no preset describes {name!r}; pass cluster=, one of {[kind for _, kind in _KINDS]} or a "
                            "file")
-    if kind == "A100":
-        kind = "A100-80GB" if memory > 60e9 else "A100-40GB"
     return Cluster.preset(f"{world_size}x{kind}")
+
+
+def preset_kind(name: str, memory_bytes: float) -> str | None:
+    """The type, as presets name it, of a GPU that its driver calls `name`; None where none describes it."""
+    kind = next((kind for words, kind in _KINDS if all(w in name for w in words)), None)
+    if kind == "A100":
+        return "A100-80GB" if memory_bytes > 60e9 else "A100-40GB"
+    return kind
 
 
 _KINDS: list[tuple[tuple[str, ...], str]] = [(("H200",), "H200"), (("H100",), "H100"), (("A100", "SXM"), "A100"),

@@ -1,8 +1,9 @@
 """What it costs to bring parameters from how they rest to how ops want them.
 
-The gathers and gradient sums of a segment travel together, so each of its parameters pays its bytes and an equal share
-of the latency. That is the latency over all axes, whichever it travels over: what takes its own way saves the others
-nothing. What is left to do from spec to spec is done, and priced, as any reshard: in line with what waits for it.
+The gathers and gradient sums of a segment travel together, so each of its parameters pays its bytes at the rate of a
+large message, whatever its own size, and an equal share of the latency. That is the latency over all axes, whichever it
+travels over: what takes its own way saves the others nothing. What is left to do from spec to spec is done, and priced,
+as any reshard: in line with what waits for it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,20 @@ def latency_share(parameters: int) -> float:
     return 1.0 / max(1, parameters)
 
 
+LARGE_BYTES = 2.0**26
+"""The bytes of a message that is large, about those of a segment's parameters."""
+
+
 def shared_seconds(price: Price, mesh: Mesh, primitive: Primitive, axes: Axes, nbytes: float, share: float) -> float:
-    """Seconds of a collective over `axes` that pays a `share` of the latency of one over the whole mesh."""
+    """Seconds of part of a large collective over `axes`, which pays a `share` of the latency of one over all axes.
+
+    Linear in bytes, so that parts come to the whole whatever the curve of seconds by bytes.
+    """
     if not axes:
         return 0.0
     latency = share * price(primitive, tuple(mesh.axes), 0.0)
-    return price(primitive, axes, nbytes) - price(primitive, axes, 0.0) + latency
+    s_per_byte = (price(primitive, axes, 2.0 * LARGE_BYTES) - price(primitive, axes, LARGE_BYTES)) / LARGE_BYTES
+    return s_per_byte * nbytes + latency
 
 
 def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], cargo: Cargo, mesh: Mesh, price: Price,

@@ -68,7 +68,8 @@ def test_wheel_installs_one_top_level_package(installed: Path) -> None:
 
 def test_wheel_has_the_command_and_the_licence(installed: Path) -> None:
     info = next(installed.glob("*.dist-info"))
-    assert "autopar-solve = autopar.cli:main" in (info / "entry_points.txt").read_text()
+    commands = (info / "entry_points.txt").read_text()
+    assert all(f"autopar-{name}:main" in commands for name in ("solve = autopar.cli", "cluster = autopar.cluster_cli"))
     assert (info / "licenses/LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 

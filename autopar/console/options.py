@@ -55,7 +55,7 @@ class Options:
     pins: tuple[tuple[str, str], ...] = ()
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose complaints are AutoparErrors."""
 
     def error(self, message: str) -> NoReturn:
@@ -69,7 +69,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("autopar-solve", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False,
+    parser = Parser("autopar-solve", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_workload(parser.add_argument_group("what to train"))
     _add_place(parser.add_argument_group("where"))
@@ -113,7 +113,7 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--out", type=_writable, metavar="PLAN.JSON",
+    group.add_argument("--out", type=writable, metavar="PLAN.JSON",
                        help="also write the plan to this file (default: not written)")
     group.add_argument("--json", action="store_true",
                        help="print one JSON object instead of text, with the step of every mode")
@@ -134,7 +134,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _writable(text: str) -> Path:
+def writable(text: str) -> Path:
     """The path, once a file beside it could be made, as it will be when the plan is there. Raises AutoparError."""
     path = Path(check_path("--out", text))
     draft = path.parent / f".{path.name}.{os.getpid()}.tmp"

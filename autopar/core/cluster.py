@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -15,12 +16,13 @@ from autopar.core.device import Device, device_from_json, require_positive
 from autopar.core.errors import AutoparError
 from autopar.core.figures import check_device, check_figure, check_index, check_matrix
 from autopar.core.files import entries, entry, typed, write_whole
+from autopar.core.measured import Measured, check_measured, measured_from_json
 from autopar.core.mesh import Mesh
 from autopar.core.presets import check_devices, parse_preset
 from autopar.core.reading import check_path, read_as
 from autopar.core.reshard import Primitive
 
-FORMAT = "autopar cluster 1"
+FORMAT = "autopar cluster 2"
 Matrix = tuple[tuple[float, ...], ...]
 
 
@@ -30,7 +32,7 @@ class Cluster:
 
     Devices of one row are alike in their links and the diagonal is the link between two of them: a row is a host
     where the links within a host are equal, a device where every pair was measured. `uplink_bytes_per_s[h]` is
-    what all devices of host h together send to other hosts.
+    what all devices of host h together send to other hosts. `collectives` are those that were measured.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Cluster:
     latency_s: Matrix
     bytes_per_s: Matrix
     uplink_bytes_per_s: tuple[float, ...]
+    collectives: tuple[Measured, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -53,6 +56,7 @@ class Cluster:
             check_figure("uplink_bytes_per_s", f"[{host}]", rate)
         for device in dict.fromkeys(self.devices):
             check_device(device)
+        check_measured(self.collectives, self.size)
 
     def __hash__(self) -> int:
         return hash((self.name, self.size, self.latency_s[0], self.bytes_per_s[0]))
@@ -90,15 +94,18 @@ class Cluster:
         devices = [{"count": len(list(run)), **device.to_json()} for device, run in itertools.groupby(self.devices)]
         return {"format": FORMAT, "name": self.name, "devices": devices,
                 **{name: getattr(self, name) for name in ("hosts", "rows", "latency_s", "bytes_per_s",
-                                                          "uplink_bytes_per_s")}}
+                                                          "uplink_bytes_per_s")},
+                "collectives": [found.to_json() for found in self.collectives]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Cluster:
         """The inverse of `to_json`. Raises AutoparError naming what is missing, of the wrong kind or out of range."""
         if entry(typed("a cluster", data, dict), "format", str) != FORMAT:
-            raise AutoparError(f"'format' is {data['format']!r}, needed is {FORMAT!r}; measure the cluster again")
+            raise AutoparError(f"'format' is {data['format']!r}, needed is {FORMAT!r}, which tells of measured "
+                               "collectives; measure the cluster again")
         return cls(entry(data, "name", str), _devices(data), entries(data, "hosts", int), entries(data, "rows", int),
-                   _matrix(data, "latency_s"), _matrix(data, "bytes_per_s"), entries(data, "uplink_bytes_per_s", float))
+                   _matrix(data, "latency_s"), _matrix(data, "bytes_per_s"), entries(data, "uplink_bytes_per_s", float),
+                   tuple(map(measured_from_json, entries(data, "collectives", dict))))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `path` whole or not at all."""
@@ -108,6 +115,17 @@ class Cluster:
     def load(cls, path: str | os.PathLike[str]) -> Cluster:
         """The cluster that `save` wrote to `path`. Raises AutoparError naming the file and what is wrong with it."""
         return read_as("a cluster", path, cls.from_json)
+
+    @classmethod
+    def measure(cls, name: str | None = None) -> Cluster:
+        """The cluster as all ranks of the job find it, each its device, by the backend that runs: takes up to a minute.
+
+        Collective, and the same on every rank. Joins the process group if that is still to be done. Raises AutoparError
+        on every rank with fewer than two, or when one is lost meanwhile.
+        """
+        # By name, as core knows nothing of torch, and measuring is what brings it.
+        measured: Cluster = importlib.import_module("autopar.measure.cluster").measure(name)
+        return measured
 
     @classmethod
     def preset(cls, text: str) -> Cluster:

@@ -8,32 +8,40 @@ of its two local tensors (the tensor of an all-reduce or all-to-all, a gather's 
 α is the highest latency of the ring's links, B the lowest bandwidth. A group that spans hosts visits one host after
 another, so it crosses each host's uplink once; the groups that cross one at the same time share it equally. In an
 all-to-all each of a group's k devices on a host sends to the n - k elsewhere: k · (n - k) / (n - 1) times the load.
+
+Groups that were measured take what they took. Of others the ring model's latency and seconds a byte are multiplied by
+the median of what the measured groups of that collective took over what the model says of them: of those that span
+hosts where these do, and of all where there are none.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from autopar.core.curves import Curve
+from autopar.core.measured import Groups, Measured, parted
 from autopar.core.mesh import Mesh
 from autopar.core.reshard import MOVES_DATA, Primitive
 
 ROUNDS: dict[Primitive, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 assert ROUNDS.keys() == MOVES_DATA
 
-Groups = tuple[tuple[int, ...], ...]
-
 
 class Network(Protocol):
-    """What is asked of a cluster: the host of each device, each host's uplink, the links between devices."""
+    """What is asked of a cluster: the host of each device, each host's uplink, the links between devices, what was
+    measured."""
 
     @property
     def hosts(self) -> tuple[int, ...]: ...
     @property
     def uplink_bytes_per_s(self) -> tuple[float, ...]: ...
+    @property
+    def collectives(self) -> tuple[Measured, ...]: ...
     def latency(self, source: int, target: int) -> float: ...
     def bandwidth(self, source: int, target: int) -> float: ...
 
@@ -45,6 +53,10 @@ class Rate:
     fixed_s: float
     s_per_byte: float
 
+    def seconds(self, nbytes: float) -> float:
+        """Seconds of a collective whose larger local tensor has `nbytes`."""
+        return self.fixed_s + self.s_per_byte * nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Pricer:
@@ -54,22 +66,58 @@ class Pricer:
     """
 
     key: str
-    rates: dict[tuple[Primitive, tuple[int, ...]], Rate] = field(compare=False, repr=False)
+    rates: dict[tuple[Primitive, tuple[int, ...]], Rate | Curve] = field(compare=False, repr=False)
 
     def __call__(self, primitive: Primitive, axes: tuple[int, ...], nbytes: float) -> float:
         """Seconds; `axes` ascending, `nbytes` of the larger of the two local tensors."""
-        rate = self.rates[primitive, axes]
-        return rate.fixed_s + rate.s_per_byte * nbytes
+        return self.rates[primitive, axes].seconds(nbytes)
 
 
-def rates(network: Network, mesh: Mesh) -> dict[tuple[Primitive, tuple[int, ...]], Rate]:
+def rates(network: Network, mesh: Mesh) -> dict[tuple[Primitive, tuple[int, ...]], Rate | Curve]:
     """The rate of every primitive over every set of axes, ascending."""
-    sets = [axes for size in range(len(mesh.shape) + 1) for axes in itertools.combinations(mesh.axes, size)]
-    return {(primitive, axes): rate for axes in sets for primitive, rate in _group_rates(network, mesh.groups(axes))}
+    measured = {(found.primitive, found.groups): found.curve for found in network.collectives}
+    correct = corrections(network)
+    found: dict[tuple[Primitive, tuple[int, ...]], Rate | Curve] = {}
+    for axes in (axes for size in range(len(mesh.shape) + 1) for axes in itertools.combinations(mesh.axes, size)):
+        groups = parted(mesh.groups(axes))
+        crossing = _crosses(network, groups)
+        for primitive, rate in ring_rates(network, groups):
+            factor = correct.get((primitive, crossing), Correction(1.0, 1.0))
+            found[primitive, axes] = measured.get((primitive, groups)) or factor.of(rate)
+    return found
 
 
-def _group_rates(network: Network, groups: Groups) -> Iterator[tuple[Primitive, Rate]]:
-    """The rate of each primitive when all `groups`, of equal size, run it at once."""
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What a rate of the ring model is multiplied by."""
+
+    latency: float
+    s_per_byte: float
+
+    def of(self, rate: Rate) -> Rate:
+        """The rate, corrected."""
+        return Rate(rate.fixed_s * self.latency, rate.s_per_byte * self.s_per_byte)
+
+
+def corrections(network: Network) -> dict[tuple[Primitive, bool], Correction]:
+    """By primitive that was measured, and by whether its groups span hosts: the medians of measured over modelled."""
+    kinds: dict[tuple[Primitive, bool], list[Correction]] = {}
+    for found in network.collectives:
+        ring, curve = dict(ring_rates(network, found.groups))[found.primitive], found.curve
+        ratio = Correction(curve.fixed_s / ring.fixed_s, curve.s_per_byte / ring.s_per_byte)
+        kinds.setdefault((found.primitive, _crosses(network, found.groups)), []).append(ratio)
+    every = {(primitive, crossing): kinds.get((primitive, crossing)) or kinds[primitive, not crossing]
+             for primitive, _ in kinds for crossing in (False, True)}
+    return {kind: Correction(statistics.median(ratio.latency for ratio in ratios),
+                             statistics.median(ratio.s_per_byte for ratio in ratios)) for kind, ratios in every.items()}
+
+
+def _crosses(network: Network, groups: Groups) -> bool:
+    return any(len({network.hosts[device] for device in group}) > 1 for group in groups)
+
+
+def ring_rates(network: Network, groups: Groups) -> Iterator[tuple[Primitive, Rate]]:
+    """The ring model's rate of each primitive when all `groups`, of equal size, run it at once."""
     size = len(groups[0])
     links = {link for group in groups for link in _ring(network, group)}
     latency = max((network.latency(*link) for link in links), default=0.0)

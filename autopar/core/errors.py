@@ -27,3 +27,7 @@ class Infeasible(AutoparError):
 
 class CaptureError(AutoparError):
     """The model could not be exported; the message names the user's line."""
+
+
+class RankLost(AutoparError):
+    """A rank stopped answering, or can't go on; each rank that is left finds out by itself."""

@@ -8,7 +8,7 @@ from autopar.core.errors import AutoparError
 SPANS: dict[str, tuple[float, float]] = {
     "latency_s": (1e-12, 1e2), "bytes_per_s": (1.0, 1e16), "uplink_bytes_per_s": (1.0, 1e16), "launch_s": (1e-12, 1e2),
     "peak_flops_per_s": (1.0, 1e20), "efficiency": (1e-9, 1.0), "memory_bytes": (1.0, 1e18),
-    "memory_bytes_per_s": (1.0, 1e18),
+    "memory_bytes_per_s": (1.0, 1e18), "knot_bytes": (1.0, 1e16), "knot_s": (1e-12, 1e6),
 }
 """Figures beyond these are mistakes, most often of units, and more than the tolerances of a solver can tell apart."""
 Matrix = tuple[tuple[float, ...], ...]
