@@ -64,14 +64,17 @@ def raise_bound(instance: Instance, solver: str, enough: float = math.inf, limit
         if math.isinf(value):
             return Bound(net, value, at, tuple(cuts), None)
         choices = found.choices()
-        cuts.append(cut(net, choices))
         priced = price(instance, choices)
-        if priced.nbytes <= instance.budget:
-            seen.append((priced.seconds, choices))
+        if math.isfinite(priced.seconds):  # where tables were split, choices may be least that have no way
+            cuts.append(cut(net, choices))
+            if priced.nbytes <= instance.budget:
+                seen.append((priced.seconds, choices))
         waited = 0 if value > best + STALLED * abs(best) else waited + 1
         if value > best:
             best, prices = value, at
         if min((enough, *(seconds for seconds, _ in seen))) - best <= CLOSE * best or time.perf_counter() > end:
+            break
+        if not cuts:
             break
         aim, most = _aim(net, cuts, solver)
         if most - best <= CLOSE * best or (waited >= PATIENCE and seen):

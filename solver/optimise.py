@@ -82,6 +82,8 @@ def finish(begun: Begun, beat: float, solver: str = "cbc", limit_s: float | None
         most = known.seconds if known else math.inf
         seconds = most if most < bound.seconds * (1.0 + 2.0 * near) else bound.seconds * (1.0 + near)
         kept = survivors(bound, seconds) if math.isfinite(seconds) else _all(reduced.instance)
+        if not all(kept):
+            continue  # marginals may prove more than the bound does: no solution is that near
         left = None if limit_s is None else max(0.1, limit_s - (time.perf_counter() - start))
         solved = _solved(reduced.instance, kept, solver, left)
         known = _better(solved, known)
@@ -101,7 +103,7 @@ def _known(instance: Instance, bound: Bound, solver: str, limit_s: float | None)
     if bound.choices is not None:
         priced = price(instance, bound.choices)
         known = Solution("feasible", bound.choices, priced.seconds, priced.nbytes, bound.seconds, 0.0)
-    if known and known.gap <= WIDE:
+    if not bound.cuts or (known and known.gap <= WIDE):
         return known
     met = tuple(tuple(sorted({made.choices[n] for made in bound.cuts})) for n in range(len(instance.nodes)))
     combined = _solved(instance, met, solver, None if limit_s is None else limit_s / 3)

@@ -12,6 +12,7 @@ from autopar.core.sharding import INTERFERENCE, price
 from autopar.solver import elimination, network
 from autopar.solver.dual import cut, free, raise_bound, survivors
 from autopar.solver.network import Prices
+from autopar.solver.optimise import NEAR, begin, optimise
 from tests.solver.instances import EXACT, INF, least_seconds, random_instance
 
 
@@ -62,3 +63,20 @@ def test_what_a_better_solution_may_take_survives(limit: int, monkeypatch: pytes
         assert all(c in kept[n] for seconds, taken in fitting if seconds <= known for n, c in enumerate(taken))
         struck += sum(len(node.choices) - len(some) for node, some in zip(instance.nodes, kept, strict=True))
     assert struck > 20
+
+
+def test_the_optimum_is_found_where_bounds_are_loose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables so small that a choice's least sum may prove more than the bound does."""
+    monkeypatch.setattr(elimination, "LIMIT", 8)
+    monkeypatch.setattr(network, "TABLE_LIMIT", 8)
+    nothing_near = 0
+    for seed in range(200):
+        instance = random_instance(seed)
+        best = least_seconds(instance)
+        if math.isinf(best):
+            continue
+        found = optimise(instance, "highs")
+        assert (found.status, found.seconds) == ("optimal", pytest.approx(best, rel=EXACT))
+        bound = begin(instance, solver="highs").bound
+        nothing_near += not all(survivors(bound, bound.seconds * (1.0 + NEAR[0])))
+    assert nothing_near > 0
