@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.core.errors import AutoparError, CaptureError
 from autopar.passes.blame import blame, check_call, check_static
+from autopar.passes.certain import CertainComparisons
 
 Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
 COMPUTE_DTYPE: dict[str, torch.dtype] = {
@@ -154,16 +155,18 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The export of `module`; with the lines behind its nodes where a size depends on values, which is refused."""
     from autopar.passes.private import lean_export  # torch's compiler comes with it, and only a trace is worth the wait
     try:
-        with lean_export():
+        with lean_export(), CertainComparisons():
             exported = torch.export.export(module, args, kwargs, strict=False)
     except RuntimeError as error:
         if not any(said in str(error) for said in ("FakeTensor Device Propagation", "at least two devices")):
             raise
-        with lean_export(), torch.device("meta"):  # for tensors that the forward makes without a device
+        # tensors that the forward makes without a device
+        with lean_export(), CertainComparisons(), torch.device("meta"):
             exported = torch.export.export(module, args, kwargs, strict=False)
     if all("unbacked_bindings" not in node.meta for node in exported.graph_module.graph.nodes):
         return exported
-    return torch.export.export(module, args, kwargs, strict=False)
+    with CertainComparisons():
+        return torch.export.export(module, args, kwargs, strict=False)
 
 
 def _meta(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
