@@ -162,9 +162,10 @@ def _solver(name: str, integer: bool, limit_s: float | None) -> Any:
 
 
 def _cbc(options: dict[str, Any]) -> Any:
-    """Without integer preprocessing, which has been seen to lose the optimum of small models with a memory row."""
+    """Without integer preprocessing, which has been seen to lose the optimum of small models with a memory row, and
+    without cuts and heuristics, which take longer than the branching that they save: models come with few choices."""
     bundled = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)  # gone in PuLP 4
-    exact = [f"primalT {TOLERANCE}", f"integerT {TOLERANCE}", "preprocess off"]
+    exact = [f"primalT {TOLERANCE}", f"integerT {TOLERANCE}", "preprocess off", "cuts off", "heuristics off"]
     return pulp.COIN_CMD(path=bundled, options=exact, **options)
 
 
