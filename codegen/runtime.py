@@ -18,6 +18,7 @@ from torch.utils.data import DistributedSampler
 from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
 from autopar.codegen.executable import Executable, seeds_of
+from autopar.codegen.first_order import first_order
 from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
 from autopar.codegen.outputs import output_of
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
@@ -127,6 +128,8 @@ class ParallelModule(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             self._reshard()
         self._steps += self.training
+        if dist.get_world_size() > 1:
+            values = {node: first_order(value) for node, value in values.items()}
         return output_of(bound.executable, values, self._site.mesh)
 
     def _reshard(self) -> None:

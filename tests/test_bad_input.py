@@ -48,12 +48,18 @@ def different_counts(world_size: int) -> None:
     compiled(world_size)(input_ids=case.inputs["input_ids"], labels=case.inputs["labels"][:4])
 
 
+def second_order(world_size: int) -> None:
+    case = gpt2()
+    compiled(world_size)(**case.inputs).loss.backward(create_graph=True)
+
+
 TROUBLES: dict[str, tuple[Any, list[str]]] = {
     "no scalar": (vector_loss, ["(8, 8)", "none is a scalar loss", "loss_fn="]),
     "no scalar, lazily": (lazy_vector_loss, ["(8, 8)", "none is a scalar loss", "loss_fn="]),
     "a loss_fn that makes none": (lambda n: autopar.compile(
         mlp().model, quick(n), inputs=mlp().inputs, loss_fn=lambda output, target: output), ["(8, 8)", "scalar"]),
     "wrong device": (on_meta, ["input input_ids is on meta", "this rank runs on cpu", "pass tensors on cpu"]),
+    "gradients of gradients": (second_order, ["create_graph=True", "plain model"]),
     "counts": (different_counts, ["different numbers of samples", "(8, 16)", "(4, 16)"]),
     "plan of another model": (lambda n: compiled(n, plan=planned(n, layers=3)),
                               ["the plan is for program", "GPT2LMHeadModel", "this is", "plan again"]),
