@@ -108,11 +108,15 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
 
     The backward is compiled along with the forward, where failures can be told by name, rather than when it first
     runs. It does not write over what the forward saved ("donated" it), so that `retain_graph=True` works as ever: to
-    leave that to the setting would do if backwards on GPUs, in threads of their own, saw it too.
+    leave that to the setting would do if backwards on GPUs, in threads of their own, saw it too. The width of the CPU's
+    vectors is set to what would be found, so that it is part of the key of Inductor's cache: code that was written for
+    one width and found again where another is used (ATEN_CPU_CAPABILITY) computes something else.
     """
     from torch._functorch import config
     from torch._guards import TracingContext
+    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     def donating_nothing(*args: Any, **kwargs: Any) -> Any:
         metadata = TracingContext.get().fw_metadata
@@ -120,7 +124,9 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         metadata.bw_donated_idxs = []
         return compile_fx_inner(*args, **kwargs)
 
-    with config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False):
+    width = getattr(pick_vec_isa(), "bit_width", lambda: None)()
+    with (config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False),
+          inductor_config.patch({"cpp.simdlen": width})):
         compiled: Any = compile_fx(graph, inputs, inner_compile=donating_nothing)
     return compiled  # type: ignore[no-any-return]
 
