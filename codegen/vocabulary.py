@@ -141,6 +141,10 @@ def _likelihoods(logits: Tensor, target: Tensor, weight: Tensor | None, ignored:
     return F.nll_loss(logits, target, weight, ignore_index=ignored, reduction="none")
 
 
+PLAIN: dict[str, Plain] = {"cross_entropy": _cross_entropies, "nll_loss": _likelihoods}
+"""By name, the losses that may have rows and classes cut."""
+
+
 class CrossEntropy(nn.Module):
     """Cross entropy of rows and classes that are cut: a partial sum over the axes of both.
 
@@ -205,4 +209,4 @@ def _loss(plain: Plain) -> Callable[[Site, int], nn.Module | None]:
     return make
 
 
-cross_entropy, nll = _loss(_cross_entropies), _loss(_likelihoods)
+cross_entropy, nll = (_loss(PLAIN[name]) for name in ("cross_entropy", "nll_loss"))
