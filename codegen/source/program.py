@@ -38,7 +38,8 @@ def program_text(executable: Executable, title: Title) -> str:
     made = [(f'"{name}"', text) for name, text in _constants(executable).items()]
     sections = [
         _header(decision, title),
-        [f"MESH = {literal(decision.mesh.shape)}", f"GATHERED = {_gather_dtype(decision)}"],
+        [f"MESH = {literal(decision.mesh.shape)}", f"GATHERED = {_gather_dtype(decision)}",
+         f"SEGMENTS = {len(executable.calls)}"],
         _table("PARAMETERS", "dict[str, Resting]", _parameters(decision).items()),
         _table("BUFFERS", "dict[str, Given]", _buffers(decision).items()),
         _table("INPUTS", "dict[str, Given]", _inputs(decision).items()),
@@ -46,7 +47,7 @@ def program_text(executable: Executable, title: Title) -> str:
         ["", "def constants(rank: Rank) -> dict[str, Tensor]:", *_returned(made)],
         ["", "def step(rank: Rank, state: State, batch: dict[str, Tensor], constant: dict[str, Tensor],",
          "         seeds: tuple[Tensor, ...]) -> Tensor:", *steps.lines()],
-        _main(len(executable.calls)),
+        _main(),
     ]
     lines = "\n\n".join("\n".join(section) for section in sections) + "\n"
     return lines.replace("from torch import Tensor\n", _imports(lines), 1)
@@ -90,19 +91,19 @@ def _entry(key: str, value: Text) -> list[str]:
     return [*lines[:-1], f"{lines[-1]},"]
 
 
-def _main(count: int) -> list[str]:
-    return f'''
+def _main() -> list[str]:
+    return '''
 def main() -> None:
     given = options(__doc__)
     init()
     rank = Rank.on(MESH, device())
     state = State.of(rank, PARAMETERS, BUFFERS, values(given.state, given.seed, PARAMETERS, BUFFERS), GATHERED)
     batch = inputs(given.inputs, given.seed, INPUTS, rank.device)
-    loss = step(rank, state, batch, constants(rank), rank.seeds(given.seed, {count}))
+    loss = step(rank, state, batch, constants(rank), rank.seeds(given.seed, SEGMENTS))
     loss.backward()
     norm = state.gradient_norm()
     if rank.is_first:
-        print(f"loss {{float(loss):.9g}}, gradient norm {{norm:.9g}}")
+        print(f"loss {float(loss):.9g}, gradient norm {norm:.9g}")
 
 
 if __name__ == "__main__":
