@@ -32,5 +32,5 @@ def text_of(plan: Plan, program: Program | Context, cluster: Cluster, path: str)
 def _title(plan: Plan) -> tuple[str, ...]:
     model, cluster = (text.replace("\\", "/").replace('"', "'") for text in (plan.model, plan.cluster))
     return (f"{model} on one rank of mesh {Mesh(plan.mesh)}, as a plan of mode {plan.mode} says.",
-            f"{plan.precision}, cluster {cluster} ({plan.cluster_key}), program {plan.program_key}. Written by autopar; "
-            "run it with")
+            f"{plan.precision}, cluster {cluster} ({plan.cluster_key}), program {plan.program_key}.",
+            "Written by autopar; run it with")

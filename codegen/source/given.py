@@ -70,8 +70,8 @@ def _read(path: str, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
         raise AutoparError(f"cannot read {path}: {error}; it has to be a whole safetensors file") from error
     lacking = [name for name in shapes if name not in held]
     if lacking:
-        raise AutoparError(f"{path} lacks {', '.join(lacking[:3])} ({len(lacking)} of {len(shapes)} tensors needed); save "
-                           "all of them, buffers too, by these names")
+        raise AutoparError(f"{path} lacks {', '.join(lacking[:3])}, {len(lacking)} of {len(shapes)} tensors needed; "
+                           "save all of them, buffers too, by these names")
     wrong = next((name for name in shapes if tuple(held[name].shape) != shapes[name]), None)
     if wrong is not None:
         raise AutoparError(f"{wrong} has shape {tuple(held[wrong].shape)} in {path}, needed is {shapes[wrong]}")

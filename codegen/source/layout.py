@@ -1,15 +1,20 @@
-"""Lines of Python no longer than a page is wide."""
+"""Lines of Python no longer than a page is wide, 120 columns."""
 
 from __future__ import annotations
 
 from autopar.codegen.source.ops import Text
 
-WIDTH = 120
+WIDTH = 112
+"""Of a line; loops and `with` indent some further."""
 INDENT = "    "
 
 
 def statement(target: str, value: Text, comment: str = "", depth: int = 1) -> list[str]:
     """`target = value  # comment`, the arguments of a long call on lines of their own."""
+    if len(INDENT * depth + target) > WIDTH // 2:
+        first, *rest = statement("", value, comment, depth)
+        return [f"{INDENT * depth}(", *filled(tuple(target.split(", ")), depth + 1),
+                f"{INDENT * depth}) = {first.strip()}", *rest]
     start = INDENT * depth + (f"{target} = " if target else "")
     note = f"  # {comment}" if comment else ""
     line = f"{start}{value}"

@@ -75,9 +75,9 @@ def _method(name: str) -> Callable[..., Text]:
 
 def _slice(x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Text:
     first, last = "" if not start else str(start), "" if end is None or end >= 2**63 - 1 else str(end)
-    place = ["..."] if dim < -1 else [":"] * dim if dim >= 0 else ["..."]
-    after = [":"] * (-1 - dim) if dim < 0 else []
-    return Text(f"{literal(x).tight}[{', '.join([*place, f'{first}:{last}' + (f':{step}' if step != 1 else ''), *after])}]")
+    part = f"{first}:{last}" + (f":{step}" if step != 1 else "")
+    places = [*[":"] * dim, part] if dim >= 0 else ["...", part, *[":"] * (-1 - dim)]
+    return Text(f"{literal(x).tight}[{', '.join(places)}]")
 
 
 def _item(x: Any, place: int) -> Text:

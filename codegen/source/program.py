@@ -12,6 +12,8 @@ from autopar.codegen.executable import Executable
 from autopar.codegen.source.constants import constant_text
 from autopar.codegen.source.layout import INDENT, statement
 from autopar.codegen.source.ops import Text, call, literal
+from autopar.codegen.source.resting import resting_spec
+from autopar.codegen.source.runs import Run, runs_of
 from autopar.codegen.source.steps import Steps, functions_of, shared_names
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
@@ -19,6 +21,23 @@ from autopar.passes.functional import value_of
 from autopar.passes.strategies import gather_dim, storage_dims
 
 aten = torch.ops.aten
+MAIN = '''
+def main() -> None:
+    given = options(__doc__)
+    init()
+    rank = Rank.on(MESH, device())
+    state = State.of(rank, PARAMETERS, BUFFERS, values(given.state, given.seed, PARAMETERS, BUFFERS), GATHERED)
+    batch = inputs(given.inputs, given.seed, INPUTS, rank.device)
+    loss = step(rank, state, batch, constants(rank), rank.seeds(given.seed, SEGMENTS))
+    if loss.requires_grad:
+        loss.backward()
+    norm = state.gradient_norm()
+    if rank.is_first:
+        print(f"loss {float(loss.detach()):.9g}, gradient norm {norm:.9g}")
+
+
+if __name__ == "__main__":
+    main()'''
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +66,20 @@ def program_text(executable: Executable, title: Title) -> str:
         ["", "def constants(rank: Rank) -> dict[str, Tensor]:", *_returned(made)],
         ["", "def step(rank: Rank, state: State, batch: dict[str, Tensor], constant: dict[str, Tensor],",
          "         seeds: tuple[Tensor, ...]) -> Tensor:", *steps.lines()],
-        _main(),
+        [MAIN],
     ]
     lines = "\n\n".join("\n".join(section) for section in sections) + "\n"
     return lines.replace("from torch import Tensor\n", _imports(lines), 1)
 
 
 def _header(decision: Decision, title: Title) -> list[str]:
-    ranks = decision.mesh.size
+    run = f"torchrun --nproc-per-node {decision.mesh.size} {title.file}"
     return [
         '"""' + title.lines[0], "", *title.lines[1:], "",
-        f"    torchrun --nproc-per-node {ranks} {title.file} [--state state.safetensors] [--inputs inputs.safetensors]", "",
-        "Comments have a value's shape on this rank and how it lies on the mesh: S0 is a dim cut over axis 0, R one that is",
-        "whole, (P0) a partial sum over axis 0.", '"""', "", "import torch", "from torch import Tensor",
+        f"    {run} [--state state.safetensors] [--inputs inputs.safetensors]", "",
+        "Comments have a value's shape on this rank and how it lies on the mesh: S0 is a dim cut over axis 0, R one",
+        "that is whole, (P0) a partial sum over axis 0. `backward` is what a collective does to the gradient.",
+        '"""', "", "import torch", "from torch import Tensor",
     ]
 
 
@@ -67,17 +87,28 @@ def _imports(text: str) -> str:
     """The imports that the text needs, behind that of torch."""
     names = ["inputs", "options", "values"]
     given = ", ".join(["Given", *names])
+    again = "from autopar.codegen.source.runs import repeated\n" if "**repeated(" in text else ""
     packed = "from autopar.codegen.source.constants import unpacked\n" if "unpacked(" in text else ""
     aten_line = "\naten = torch.ops.aten\n" if "aten." in text.partition("import torch")[2] else ""
-    return (f"from torch import Tensor\n\nfrom autopar.launch import device, init\n{packed}"
-            f"from autopar.codegen.source.given import {given}\nfrom autopar.codegen.source.rank import Rank\n"
-            f"from autopar.codegen.source.state import Resting, State\n{aten_line}")
+    return (f"from torch import Tensor\n\n{packed}from autopar.codegen.source.given import {given}\n"
+            f"from autopar.codegen.source.rank import Rank\n{again}"
+            "from autopar.codegen.source.state import Resting, State\nfrom autopar.launch import device, init\n" + aten_line)
 
 
 def _table(name: str, kind: str, rows: Iterable[tuple[str, Text]]) -> list[str]:
     """A dict of calls, one a line."""
-    lines = [f"{INDENT}{literal(key)}: {value}," for key, value in rows]
+    lines = [line for run in runs_of(dict(rows)) for line in _run_lines(run)]
     return [f"{name}: {kind} = {{", *lines, "}"] if lines else [f"{name}: {kind} = {{}}"]
+
+
+def _run_lines(run: Run[Text]) -> list[str]:
+    """The rows of blocks that are alike, once."""
+    rows = [f"{literal(key)}: {value}," for key, value in run.rows.items()]
+    if len(run.numbers) == 1:
+        return [f"{INDENT}{row}" for row in rows]
+    numbers = f"range({run.numbers.start}, {run.numbers.stop})" if run.numbers.start else f"range({run.numbers.stop})"
+    head = f"{INDENT}**repeated({literal(run.path)}, {numbers}, {{"
+    return [head, *(f"{INDENT * 2}{row}" for row in rows), f"{INDENT}}}),"]
 
 
 def _returned(rows: list[tuple[str, Text]]) -> list[str]:
@@ -89,25 +120,6 @@ def _entry(key: str, value: Text) -> list[str]:
     first, *rest = statement("", value, "", 2)
     lines = [f"{INDENT * 2}{key}: {first.strip()}", *rest]
     return [*lines[:-1], f"{lines[-1]},"]
-
-
-def _main() -> list[str]:
-    return '''
-def main() -> None:
-    given = options(__doc__)
-    init()
-    rank = Rank.on(MESH, device())
-    state = State.of(rank, PARAMETERS, BUFFERS, values(given.state, given.seed, PARAMETERS, BUFFERS), GATHERED)
-    batch = inputs(given.inputs, given.seed, INPUTS, rank.device)
-    loss = step(rank, state, batch, constants(rank), rank.seeds(given.seed, SEGMENTS))
-    loss.backward()
-    norm = state.gradient_norm()
-    if rank.is_first:
-        print(f"loss {float(loss):.9g}, gradient norm {norm:.9g}")
-
-
-if __name__ == "__main__":
-    main()'''.split("\n")
 
 
 def _gather_dtype(decision: Decision) -> str:
@@ -125,8 +137,6 @@ def _resting(decision: Decision, node: fx.Node) -> Text:
     factored, storage = decision.context.segmented.factored, decision.storage[node]
     shape, dims, sizes = tuple(node.meta["val"].shape), storage_dims(factored, node), factored.refined(node)
     stored = tuple(torch.Size(sizes[i] for i in dim).numel() for dim in dims)
-    cut = [tuple(a for a, state in enumerate(storage.states) if isinstance(state, int) and state in dim) for dim in dims]
-    spec = "".join(f"S{''.join(map(str, axes))}" if axes else "R" for axes in cut)
     told: dict[str, object] = {} if stored == shape else {"stored": stored}
     if storage.gathered:
         dim = gather_dim(dims, sizes, storage, decision.mesh)
@@ -134,7 +144,7 @@ def _resting(decision: Decision, node: fx.Node) -> Text:
         told |= {"gathered": storage.gathered, "dim": dim} | ({"kept": True} if storage.kept else {})
     if node not in decision.context.gradients:
         told["trained"] = False
-    return call("Resting", (shape, spec), told)
+    return call("Resting", (shape, resting_spec(decision, node)), told)
 
 
 def _buffers(decision: Decision) -> dict[str, Text]:

@@ -109,7 +109,8 @@ class Rank:
         group = self.communicator.group
         return BatchNorm(group(samples), group(channels))(*operands)  # type: ignore[no-any-return]
 
-    def dropout(self, x: Tensor, *operands: Any, seed: Tensor, salt: int, whole: Shape, cut: tuple[Axes, ...]) -> Tensor:
+    def dropout(self, x: Tensor, *operands: Any, seed: Tensor, salt: int, whole: Shape,
+                cut: tuple[Axes, ...]) -> Tensor:
         """Dropout that draws by the place of each element in the tensor of shape `whole`, whose dims are `cut`."""
         return Dropout(self._index(whole, cut), salt)(x, *operands, seed=seed)  # type: ignore[no-any-return]
 

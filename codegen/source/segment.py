@@ -15,8 +15,9 @@ from autopar.codegen.executable import Call
 from autopar.codegen.reprice import Shapes
 from autopar.codegen.source.layout import statement
 from autopar.codegen.source.names import Scope
-from autopar.codegen.source.ops import MODULES, VIEWS, Text, call, literal, op_text
-from autopar.core.reshard import Primitive
+from autopar.codegen.source.ops import MODULES, VIEWS, Text, literal, op_text
+from autopar.codegen.source.reshards import reshard_text
+from autopar.codegen.source.resting import resting_spec
 from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
@@ -25,22 +26,15 @@ from autopar.passes.notation import merged
 from autopar.passes.strategies import storage_dims
 
 aten = torch.ops.aten
-DIMS: dict[Primitive, tuple[str, ...]] = {
-    "all_gather": ("dim",), "reduce_scatter": ("dim",), "slice": ("dim",), "pad": ("dim",),
-    "all_to_all": ("source", "target"), "all_reduce": (), "mask": (), "identity": (),
-}
-"""The dims that a primitive is told."""
-
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A written function: what it is called, its arguments by the segment's externals, whether it takes a seed, how many
-    values it returns, its lines."""
+    """A written function: what it is called, its arguments by the segment's externals, whether it takes a seed, its
+    lines."""
 
     name: str
     words: tuple[str, ...]
     seeded: bool
-    results: tuple[str, ...]
     lines: tuple[str, ...]
 
 
@@ -73,6 +67,7 @@ class _Writer:
         for node, word in zip(externals, self.words, strict=True):
             self.texts[node] = Text(self.scope.new(word))
         self.texts[seed] = Text("seed")
+        self.own = {n: self.scope.new(self._op_name(n)) for n in self.nodes if self._is_result(n)}
         for place, node in enumerate(self.nodes):
             if node.op in ("call_function", "call_module") and node not in self.texts:
                 self._write(node, place)
@@ -80,8 +75,10 @@ class _Writer:
         arguments = [f"    {self.texts[n]}: Tensor,{self._note(n, '  # ')}" for n in externals]
         seeded = bool(seed.users)
         kind = "Tensor" if len(results) == 1 else f"tuple[{', '.join(['Tensor'] * len(results))}]"
-        head = [f"def {name}(", "    rank: Rank,", *arguments, *(["    seed: Tensor,"] if seeded else []), f") -> {kind}:"]
-        return Function(name, tuple(str(self.texts[n]) for n in externals), seeded, results, (*head, *self.lines, f"    return {', '.join(results)}"))
+        seed_line = ["    seed: Tensor,"] if seeded else []
+        head = [f"def {name}(", "    rank: Rank,", *arguments, *seed_line, f") -> {kind}:"]
+        words = tuple(str(self.texts[n]) for n in externals)
+        return Function(name, words, seeded, (*head, *self.lines, f"    return {', '.join(results)}"))
 
     # Which expressions stand inside of others
 
@@ -135,7 +132,7 @@ class _Writer:
             names[i] = wish if reuse else self.scope.new(wish)
             self.texts[item] = Text(names[i])
         note = self._note(next(iter(node.users))) if node.target is aten.split.Tensor else ""
-        self.lines += statement(", ".join(names) + ("," if len(names) == 1 else ""), text, note)
+        self.lines += statement(", ".join(names) if len(names) > 1 else f"({names[0]},)", text, note)
 
     def _wish(self, item: fx.Node, i: int) -> str:
         if "op" in item.meta:
@@ -146,19 +143,33 @@ class _Writer:
     def _name(self, node: fx.Node, place: int) -> str:
         """The name of an op for its result, that of an op's kind inside of it; views and reshards go on with the name
         of what they bring into another form, where nothing reads that later."""
+        if node in self.own:
+            return self.own[node]
         if "op" in node.meta:
-            return self.scope.new(self._op_name(node))
+            return self.scope.new(self._kind(node))
         source = next(iter(self._roots(node)), None)
         if source is None:
             return self.scope.new(node.name)
         name = str(self.texts[source])
         return name if self.last.get(source) == place else self.scope.new(name)
 
+    def _kind(self, node: fx.Node) -> str:
+        """What a node does, in a word."""
+        if node.op == "call_module":
+            return type(self.shapes.submodules[str(node.target)]).__name__.lower()
+        return str(node.target).partition(".")[2].partition(".")[0]
+
+    def _is_result(self, node: fx.Node) -> bool:
+        """Whether a node makes what its op does."""
+        if "op" not in node.meta:
+            return False
+        results = self.decision.context.segmented.ops[node.meta["op"]].results
+        return any(result.node is node.meta["origin"] for result in results)
+
     def _op_name(self, node: fx.Node) -> str:
-        op = self.decision.context.segmented.ops[node.meta["op"]]
-        if any(result.node is node.meta["origin"] for result in op.results):
-            return str(op.name).removeprefix(f"{self.call.lowered.segment.name}_")
-        return node.name if node.op == "call_module" else str(node.target).partition(".")[2].partition(".")[0]
+        """The name of a node's op in the block."""
+        name: str = self.decision.context.segmented.ops[node.meta["op"]].name
+        return name.removeprefix(f"{self.call.lowered.segment.name}_")
 
     def _text(self, node: fx.Node) -> Text:
         texts: Any = self.texts.__getitem__
@@ -167,7 +178,11 @@ class _Writer:
             return op_text(node.target, args, kwargs)
         module = self.shapes.submodules[str(node.target)]
         if isinstance(module, Reshard):
-            return _reshard(module, self.texts[node.all_input_nodes[0]], tuple(self.env[node.all_input_nodes[0]].shape), node.meta["reshard"][1])
+            source = node.all_input_nodes[0]
+            port = node.meta["lies"][0]
+            counts = tuple(map(len, self.decision.context.segmented.factored.dims[port]))
+            return reshard_text(module, self.texts[source], tuple(self.env[source].shape), counts,
+                                node.meta["reshard"][1])
         return MODULES[type(module)](module, args, kwargs)
 
     def _note(self, node: fx.Node, before: str = "") -> str:
@@ -178,24 +193,16 @@ class _Writer:
         return f"{before}{literal(tuple(made.shape))} {self._spec(node)}".rstrip()
 
     def _spec(self, node: fx.Node) -> str:
+        if node.op == "placeholder":
+            external = self.call.lowered.segment.externals[self.nodes.index(node)]
+            if external in self.decision.storage:
+                return resting_spec(self.decision, external)
         held, spec = node.meta.get("lies", (None, None))
         factored = self.decision.context.segmented.factored
         if held is None or spec is None or held not in factored.dims:
             return ""
         found = merged(factored, held, from_base(spec, factored.base(held)[1]))
         return str(found) if len(found.dims) == self.env[node].ndim else ""
-
-
-def _reshard(module: Reshard, x: Text, shape: tuple[int, ...], differentiable: bool) -> Text:
-    """Its steps as calls, between the refined shapes and the value's own."""
-    text = x if shape == module.shapes[0] else op_text(aten.reshape.default, (x, list(module.shapes[0])), {})
-    for step, group in zip(module.steps, module.groups, strict=True):
-        if group.size > 1:
-            dims = (state for state in (step.source, step.target) if isinstance(state, int))
-            told: dict[str, Any] = {"over": step.axes, **dict(zip(DIMS[step.forward], dims, strict=False))}
-            text = call(f"rank.{step.forward}", (text,), {**told, **({"backward": step.backward} if differentiable else {})})
-    last = module.shapes[-1]
-    return text if last == module.final_shape else op_text(aten.reshape.default, (text, list(module.final_shape)), {})
 
 
 def arrivals(each: Call, decision: Decision) -> list[Tensor]:

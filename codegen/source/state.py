@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from autopar.codegen.communicator import Axes
 from autopar.codegen.primitives import slice_
 from autopar.codegen.source.gather import Bucket, Gather, Member, Released, part
+from autopar.codegen.source.names import word
 from autopar.codegen.source.rank import Rank
 from autopar.core.spec import parse
 
@@ -86,21 +87,21 @@ class State:
     def block(self, path: str) -> dict[str, str]:
         """The names of all tensors of the module at `path`, by what they are called inside of it."""
         inside = (name.removeprefix(f"{path}.") for name in self.tensors if name.startswith(f"{path}."))
-        return {inner.replace(".", "_"): f"{path}.{inner}" for inner in inside}
+        return {word(inner): f"{path}.{inner}" for inner in inside}
 
     @contextlib.contextmanager
     def use(self, **names: str) -> Iterator[dict[str, Tensor]]:
         """The tensors called `names`, by keyword, those that rest gathered over axes whole; inside, what autograd keeps
         of these is only where to gather them again, unless they are kept."""
-        found = {word: self.tensors[name] for word, name in names.items()}
-        ways: dict[tuple[Axes, bool], list[str]] = {}
-        for word, name in names.items():
+        found = {inner: self.tensors[name] for inner, name in names.items()}
+        ways: dict[tuple[Axes, bool, torch.dtype], list[str]] = {}
+        for inner, name in names.items():
             resting = self.parameters.get(name)
             if resting is not None and resting.gathered:
-                ways.setdefault((resting.gathered, resting.kept), []).append(word)
+                ways.setdefault((resting.gathered, resting.kept, found[inner].dtype), []).append(inner)
         released: list[Tensor] = []
-        for (axes, kept), words in ways.items():
-            bucket = self._bucket(axes, [names[word] for word in words])
+        for (axes, kept, _), words in ways.items():
+            bucket = self._bucket(axes, [names[inner] for inner in words])
             whole: tuple[Tensor, ...] = Gather.apply(bucket, *bucket.shards)  # type: ignore[no-untyped-call]
             found.update(zip(words, whole, strict=True))
             if not kept:

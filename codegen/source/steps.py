@@ -79,8 +79,8 @@ def words(call: Call, decision: Decision) -> tuple[str, ...]:
 
 @dataclass(eq=False)
 class Steps:
-    """Writes `step`. `state` are the names of all parameters and buffers, `shared` those of parameters that are gathered
-    and that several segments use."""
+    """Writes `step`. `state` are the names of all parameters and buffers, `shared` those of gathered parameters that
+    several segments use."""
 
     executable: Executable
     functions: dict[int, Function]

@@ -43,7 +43,7 @@ def planned(rank: int, world_size: int, name: str, options: dict[str, Any], fold
     if rank == 0:
         tensors = [*case.model.named_parameters(), *case.model.named_buffers()]
         save_file({n: x.detach().clone().contiguous() for n, x in tensors}, f"{folder}/state.safetensors")
-        save_file(given, f"{folder}/inputs.safetensors")
+        save_file({n: x.clone() for n, x in given.items()}, f"{folder}/inputs.safetensors")
         program = capture(case.model, arguments(case.inputs), options["precision"], case.loss_fn)
     torch.manual_seed(SEED)
     model: Any = autopar.compile(case.model, cluster, inputs=case.inputs, loss_fn=case.loss_fn, **options)
@@ -51,7 +51,7 @@ def planned(rank: int, world_size: int, name: str, options: dict[str, Any], fold
         model.plan.emit(f"{folder}/step.py", program, cluster)
     loss = case.call(model)
     loss.backward()
-    return float(loss), float(model.clip_grad_norm_(1e9))
+    return float(loss.detach()), float(model.clip_grad_norm_(1e9))
 
 
 def written(rank: int, world_size: int, folder: str) -> Figures:
@@ -67,7 +67,7 @@ def written(rank: int, world_size: int, folder: str) -> Figures:
     batch = inputs(f"{folder}/inputs.safetensors", SEED, step.INPUTS, place.device)
     loss = step.step(place, state, batch, step.constants(place), place.seeds(SEED, step.SEGMENTS))
     loss.backward()
-    return float(loss), state.gradient_norm()
+    return float(loss.detach()), state.gradient_norm()
 
 
 def both(rank: int, world_size: int, name: str, options: dict[str, Any], folder: str) -> tuple[Figures, Figures]:
