@@ -92,7 +92,8 @@ def _imports(text: str) -> str:
     aten_line = "\naten = torch.ops.aten\n" if "aten." in text.partition("import torch")[2] else ""
     return (f"from torch import Tensor\n\n{packed}from autopar.codegen.source.given import {given}\n"
             f"from autopar.codegen.source.rank import Rank\n{again}"
-            "from autopar.codegen.source.state import Resting, State\nfrom autopar.launch import device, init\n" + aten_line)
+            "from autopar.codegen.source.state import Resting, State\nfrom autopar.launch import device, init\n"
+            f"{aten_line}")
 
 
 def _table(name: str, kind: str, rows: Iterable[tuple[str, Text]]) -> list[str]:
