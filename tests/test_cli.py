@@ -222,7 +222,8 @@ def test_too_little_memory_is_no_fault_of_ours(error: Exception, monkeypatch: py
     assert capsys.readouterr() == ("", f"autopar-solve: error: {cli.NO_MEMORY}\n")
 
 
-@pytest.mark.parametrize("given", ["--out", "--emit", "--cluster", "--mesh", "--memory-budget", "--model", "--pin", "--batch"])
+@pytest.mark.parametrize("given", ["--out", "--emit", "--cluster", "--mesh", "--memory-budget", "--model", "--pin",
+                                   "--batch"])
 @pytest.mark.parametrize("value", ["", " ", "\0", "\n", "\ud800", "\u2603" * 300, "-1", "nan", "9" * 5000,
                                    "../" * 2000])
 def test_whatever_is_given_one_line_comes_back(given: str, value: str, own: Path,
