@@ -112,11 +112,12 @@ VIEWS = {aten.reshape.default, aten.transpose.int, aten.permute.default, aten.co
 
 
 def op_text(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Text:
-    """A call of an aten op."""
+    """A call of an op."""
     if target in WRITTEN and not kwargs:
         return WRITTEN[target](*args)
-    packet, _, overload = str(target).partition(".")[2].partition(".")
-    return call(f"aten.{packet}" + ("" if overload == "default" else f".{overload}"), args, kwargs)
+    assert isinstance(target, torch._ops.OpOverload), f"{target} can't be written"
+    space = "aten" if target.namespace == "aten" else f"torch.ops.{target.namespace}"
+    return call(f"{space}.{target.__name__.removesuffix('.default')}", args, kwargs)
 
 
 def _cut(of: GlobalIndex | Places) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from autopar.passes.functional import value_of
 from autopar.passes.strategies import gather_dim, storage_dims
 
 aten = torch.ops.aten
+LOOKS_UP = {aten.embedding.default: 0, aten.cross_entropy_loss.default: 1, aten.nll_loss_nd.default: 1}
+"""Ops whose second operand has numbers of their first one's, on which dim."""
 MAIN = '''
 def main() -> None:
     given = options(__doc__)
@@ -169,19 +171,25 @@ def _inputs(decision: Decision) -> dict[str, Text]:
 def _below(node: fx.Node) -> int:
     """What whole numbers have to be less than to be rows of all tables that they are looked up in, and classes of all
     losses that they come to; 2 where there are none."""
-    limits, left, seen = [], [node], {node}
-    while left:
-        for user in left.pop().users:
-            target, args = user.target, user.args
-            made = value_of(user)
-            if target is aten.embedding.default and args[1] in seen:
-                limits.append(args[0].meta["val"].shape[0])  # type: ignore[union-attr]
-            elif target in (aten.cross_entropy_loss.default, aten.nll_loss_nd.default) and args[1] in seen:
-                limits.append(args[0].meta["val"].shape[1])  # type: ignore[union-attr]
-            elif user not in seen and (made is None or not made.is_floating_point()):
-                seen.add(user)
-                left.append(user)
-    return min(limits, default=2)
+    seen = [node]
+    for each in seen:  # grows on the way
+        seen += [user for user in each.users if user not in seen and _is_whole(user)]
+    limits = (_limit(user, seen) for each in seen for user in each.users)
+    return min((limit for limit in limits if limit), default=2)
+
+
+def _is_whole(node: fx.Node) -> bool:
+    value = value_of(node)
+    return value is None or not value.is_floating_point()
+
+
+def _limit(node: fx.Node, numbers: list[fx.Node]) -> int:
+    """The size of the dim that `node` looks `numbers` up in, 0 where it does not."""
+    if node.target not in LOOKS_UP or node.args[1] not in numbers:
+        return 0
+    table = value_of(node.args[0])
+    assert table is not None
+    return int(table.shape[LOOKS_UP[node.target]])
 
 
 def _constants(executable: Executable) -> dict[str, Text]:

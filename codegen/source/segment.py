@@ -157,7 +157,7 @@ class _Writer:
         """What a node does, in a word."""
         if node.op == "call_module":
             return type(self.shapes.submodules[str(node.target)]).__name__.lower()
-        return str(node.target).partition(".")[2].partition(".")[0]
+        return str(getattr(node.target, "__name__", "x")).partition(".")[0]
 
     def _is_result(self, node: fx.Node) -> bool:
         """Whether a node makes what its op does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -90,6 +91,27 @@ def collectives(rank: int, world_size: int, kept: bool) -> list[str]:
 def test_a_segment_is_gathered_at_once_and_again_unless_it_is_kept(pool: Any, kept: bool, backward: list[str]) -> None:
     for sent in pool(2).run(collectives, kept):
         assert sent == ["all_gather"] * 2 + ["backward"] + backward
+
+
+def alive(rank: int, world_size: int, kept: bool) -> bool:
+    """Whether a gathered parameter outlives its use, with a backward to come."""
+    resting = {"w": Resting((4, 4), "RR", gathered=(0,), kept=kept)}
+    state = State.of(Rank.on((world_size,), CPU), resting, (), lambda _: torch.eye(4))
+    x = torch.ones(2, 4, requires_grad=True)
+    with state.use(w="w") as p:
+        y = x @ p["w"].t()
+    storage = private.StorageWeakRef(p.pop("w").untyped_storage())
+    gc.collect()
+    lives = not storage.expired()
+    y.sum().backward()
+    assert x.grad is not None
+    return lives
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kept", [True, False])
+def test_only_what_is_kept_outlives_its_use(pool: Any, kept: bool) -> None:
+    assert pool(2).run(alive, kept) == [kept] * 2
 
 
 def refused(rank: int, world_size: int) -> str:
