@@ -179,6 +179,12 @@ class Plan:
         found: tuple[float, float] = _when_called("planner", "verify")(self, program, cluster)
         return found
 
+    def emit(self, path: str | os.PathLike[str], program: Any, cluster: Any) -> None:
+        """Write what one rank runs to `path` as Python that is read and run under torchrun, whole or not at all;
+        `program` and what is refused are as for `verify`."""
+        checked = check_path("the path of a program", path)
+        write_whole(checked, _when_called("emission", "text_of")(self, program, cluster, checked))
+
     def explain(self, program: Any, cluster: Any, op: str) -> Any:
         """What each alternative for the op called `op` would have cost; see `autopar.explain`."""
         return _when_called("explanation", "explain")(self, program, cluster, op)

@@ -21,12 +21,13 @@ class Group:
 
     `name` is torch's, empty over axes of extent 1, where nothing is ever sent. torch numbers the ranks of a
     group by ascending global rank, whatever the mesh (2.13 can keep an order, 2.11 cannot): part i is with number
-    `order[i]`.
+    `order[i]`. `axes` are those of the mesh.
     """
 
     name: str
     index: int
     order: tuple[int, ...]
+    axes: Axes = ()
 
     @property
     def size(self) -> int:
@@ -47,7 +48,9 @@ class Communicator:
     groups: Mapping[Axes, Group]
 
     def group(self, axes: Axes) -> Group:
-        """The group along `axes`."""
+        """The group along `axes`; this rank alone when there are none."""
+        if not axes:
+            return Group("", 0, (0,))
         assert axes in self.groups, f"no group over axes {axes} of mesh {self.mesh}, only over {list(self.groups)}"
         return self.groups[axes]
 
@@ -73,7 +76,7 @@ def connect(mesh: Mesh, sets: Iterable[Axes] | None = None) -> Communicator:
             made[members] = _start(members)
         mine = next((ranks for ranks in members if dist.get_rank() in ranks), None)
         if mine is not None:
-            groups[axes] = _group(made[members], mine)
+            groups[axes] = _group(made[members], mine, axes)
     return Communicator(mesh, groups)
 
 
@@ -94,6 +97,6 @@ def _name(group: dist.ProcessGroup | None) -> str:
     return "" if group is None else group.group_name
 
 
-def _group(name: str, ranks: Ranks) -> Group:
+def _group(name: str, ranks: Ranks, axes: Axes) -> Group:
     numbers = sorted(ranks)
-    return Group(name, ranks.index(dist.get_rank()), tuple(numbers.index(rank) for rank in ranks))
+    return Group(name, ranks.index(dist.get_rank()), tuple(numbers.index(rank) for rank in ranks), axes)

@@ -72,7 +72,7 @@ def offline(mesh: Mesh) -> Communicator:
     sets = [()]
     for axis in mesh.axes:
         sets += [(*axes, axis) for axes in sets]  # type: ignore[misc]
-    return Communicator(mesh, {axes: Group("", 0, tuple(range(mesh.extent(axes)))) for axes in sets})
+    return Communicator(mesh, {axes: Group("", 0, tuple(range(mesh.extent(axes))), axes) for axes in sets})
 
 
 def build(target: Target) -> Executable:

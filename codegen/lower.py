@@ -88,6 +88,8 @@ class _Lowering:
             self._lower_op(self.context.segmented.ops[index], index)
         outputs = tuple(self._output(node) for node in exports)
         self.graph.output(outputs)
+        for (node, spec), made in self.made.items():
+            made.meta.setdefault("lies", (node, spec))
         self.graph.eliminate_dead_code(_has_effect)
         host_seeded = bool(self.seeds["host_seed"].users)
         if not host_seeded:

@@ -65,7 +65,7 @@ class _Tally:
     working: float = 0.0
 
 
-class _Shapes(fx.Interpreter):
+class Shapes(fx.Interpreter):
     """Runs a local graph on `meta` and keeps every value; modules answer with the shape of their result.
 
     `sent` has what modules say they send, by name.
@@ -105,7 +105,7 @@ def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
 
 def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
     lowered = call.lowered
-    shapes = _Shapes(lowered.module)
+    shapes = Shapes(lowered.module)
     with torch.no_grad():
         shapes.run(*_arguments(call, decision), torch.empty((), dtype=torch.int64, device="meta"))
     tally = _Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
@@ -140,7 +140,7 @@ def _arguments(call: Call, decision: Decision) -> list[Tensor]:
     return made
 
 
-def _add_communication(node: fx.Node, shapes: _Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
         names = {n.name for n in decision.context.gradients}
@@ -175,7 +175,7 @@ def _together(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nby
     return shared_seconds(setting.price, setting.mesh, primitive, axes, nbytes, share)
 
 
-def _add_op(op: Op, nodes: list[fx.Node], shapes: _Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
     inside = set(nodes)
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n.name != "seed")
     made = {node.meta["origin"]: node for node in nodes}

@@ -15,5 +15,5 @@ def sampler_over(axes: Axes, communicator: Communicator, dataset: Any, shuffle: 
 
     `num_replicas` are the parts of the batch: each rank's batch size is the global one over it.
     """
-    index = communicator.group(axes).index if axes else 0
+    index = communicator.group(axes).index
     return DistributedSampler(dataset, communicator.mesh.extent(axes), index, shuffle, seed, drop_last)

@@ -36,4 +36,4 @@ class Site:
 
     def group(self, axes: tuple[int, ...]) -> Group:
         """This rank's group along `axes`; itself alone when there are none."""
-        return self.communicator.group(axes) if axes else Group("", 0, (0,))
+        return self.communicator.group(axes)

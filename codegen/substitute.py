@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from autopar.codegen.attention import KernelAttention, fits
 from autopar.codegen.batch_norm import Normalize, statistics
 from autopar.codegen.collectives import convert
+from autopar.codegen.communicator import Group
 from autopar.codegen.site import Site
 from autopar.codegen.vocabulary import cross_entropy, embedding, nll
 from autopar.core.reshard import Step
@@ -36,10 +37,10 @@ class BatchNorm(nn.Module):
     x (N/n, C/c, …) local; weight and bias (C/c); running mean and variance (C).
     """
 
-    def __init__(self, samples: tuple[int, ...], channels: tuple[int, ...], site: Site) -> None:
+    def __init__(self, samples: Group, channels: Group) -> None:
         super().__init__()
-        self.samples, self.channels = samples, channels
-        self.sample_group, self.channel_group = site.group(samples), site.group(channels)
+        self.samples, self.channels = samples.axes, channels.axes
+        self.sample_group, self.channel_group = samples, channels
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
                 variance: Tensor | None, training: bool, momentum: float, eps: float, _: bool) -> Tensor:
@@ -99,11 +100,13 @@ def keep_mask(index: Tensor, seed: Tensor, salt: int, rate: float) -> Tensor:
 
 
 class GlobalIndex(nn.Module):
-    """The index that each element of a shard has in the whole tensor."""
+    """The index that each element of a shard has in the whole tensor, whose dims are cut over one group each."""
 
-    def __init__(self, whole: tuple[int, ...], local: tuple[int, ...], parts: tuple[int, ...]) -> None:
+    def __init__(self, whole: tuple[int, ...], groups: tuple[Group, ...]) -> None:
         super().__init__()
-        self.local, self.parts = local, parts
+        self.whole, self.groups = whole, groups
+        self.local = tuple(size // group.size for size, group in zip(whole, groups, strict=True))
+        self.parts = tuple(group.index for group in groups)
         self.strides = [math.prod(whole[i + 1:]) for i in range(len(whole))]
 
     def forward(self, device: torch.device) -> Tensor:
@@ -114,9 +117,12 @@ class GlobalIndex(nn.Module):
 
 
 def _global_index(sizes: tuple[int, ...], dims: tuple[tuple[int, ...], ...], site: Site) -> GlobalIndex:
-    groups = [site.group(axes) for axes in dims]
-    local = tuple(size // group.size for size, group in zip(sizes, groups, strict=True))
-    return GlobalIndex(sizes, local, tuple(group.index for group in groups))
+    return GlobalIndex(sizes, tuple(site.group(axes) for axes in dims))
+
+
+def _index_of(site: Site) -> GlobalIndex:
+    """Of the elements of what the op makes."""
+    return _global_index(site.factored.refined(site.node), site.spec.dims, site)
 
 
 class Dropout(nn.Module):
@@ -124,10 +130,9 @@ class Dropout(nn.Module):
 
     takes_seed = True
 
-    def __init__(self, site: Site, salt: int) -> None:
+    def __init__(self, index: GlobalIndex, salt: int) -> None:
         super().__init__()
-        self.index = _global_index(site.factored.refined(site.node), site.spec.dims, site)
-        self.salt = salt
+        self.index, self.salt = index, salt
 
     def forward(self, x: Tensor, rate: float, train: bool, seed: Tensor) -> Tensor:
         keep = keep_mask(self.index(x.device), seed, self.salt, rate).reshape(x.shape)
@@ -143,12 +148,9 @@ class Uniform(nn.Module):
 
     takes_seed = True
 
-    def __init__(self, site: Site, salt: int) -> None:
+    def __init__(self, index: GlobalIndex, salt: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
-        self.index = _global_index(site.factored.refined(site.node), site.spec.dims, site)
-        value = site.node.meta["val"]
-        self.salt, self.dtype = salt, value.dtype
-        self.shape = local_shape(site.factored, site.node, site.spec, site.communicator.mesh)
+        self.index, self.salt, self.shape, self.dtype = index, salt, shape, dtype
 
     def forward(self, *_: Any, seed: Tensor, **__: Any) -> Tensor:
         drawn = draw(self.index(seed.device), seed, self.salt) >> 8
@@ -167,12 +169,9 @@ class Attention(nn.Module):
 
     takes_seed = True
 
-    def __init__(self, site: Site, salt: int) -> None:
+    def __init__(self, index: GlobalIndex, salt: int) -> None:
         super().__init__()
-        query, key = (site.node.args[i].meta["val"].shape for i in range(2))  # type: ignore[union-attr]
-        sizes = (*query[:3], key[2])
-        self.index = _global_index(sizes, (site.axes("b"), site.axes("h"), (), ()), site)
-        self.salt = salt
+        self.index, self.salt = index, salt
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                 dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
@@ -197,27 +196,38 @@ def _batch_norm(site: Site, _: int) -> nn.Module | None:
     samples, channels = site.axes("n"), site.axes("c")
     split_samples = samples if site.node.args[5] else ()
     dtypes = {value.dtype for value in map(value_of, site.node.args[1:4]) if value is not None}
-    return BatchNorm(split_samples, channels, site) if split_samples or channels or len(dtypes) > 1 else None
+    plain = not (split_samples or channels or len(dtypes) > 1)
+    return None if plain else BatchNorm(site.group(split_samples), site.group(channels))
+
+
+def _dropout(site: Site, salt: int) -> nn.Module:
+    return Dropout(_index_of(site), salt)
+
+
+def _uniform(site: Site, salt: int) -> nn.Module:
+    shape = local_shape(site.factored, site.node, site.spec, site.communicator.mesh)
+    return Uniform(_index_of(site), salt, shape, site.node.meta["val"].dtype)
 
 
 def _attention(site: Site, salt: int) -> nn.Module | None:
     if not argument(site.node, 4, "dropout_p", 0.0):
         return None
-    query, value, mask = (value_of(argument(site.node, i, name, None)) for i, name in
-                          ((0, "query"), (2, "value"), (3, "attn_mask")))
-    assert query is not None and value is not None
+    query, key, value, mask = (value_of(argument(site.node, i, name, None)) for i, name in
+                               enumerate(("query", "key", "value", "attn_mask")))
+    assert query is not None and key is not None and value is not None
     if site.draws == "by kernel" and fits(query, value, mask):
         return KernelAttention(site.group(site.axes("b", "h")).index, salt)
-    return Attention(site, salt)
+    weights = _global_index((*query.shape[:3], key.shape[2]), (site.axes("b"), site.axes("h"), (), ()), site)
+    return Attention(weights, salt)
 
 
 SUBSTITUTES: dict[Any, Callable[[Site, int], nn.Module | None]] = {
     aten.batch_norm.default: _batch_norm,
     aten.cross_entropy_loss.default: cross_entropy,
-    aten.dropout.default: Dropout,
+    aten.dropout.default: _dropout,
     aten.embedding.default: embedding,
     aten.nll_loss_nd.default: nll,
-    aten.rand.default: Uniform,
+    aten.rand.default: _uniform,
     aten.scaled_dot_product_attention.default: _attention,
 }
 

@@ -141,6 +141,10 @@ def _likelihoods(logits: Tensor, target: Tensor, weight: Tensor | None, ignored:
     return F.nll_loss(logits, target, weight, ignore_index=ignored, reduction="none")
 
 
+PLAIN: dict[str, Plain] = {"cross_entropy": _cross_entropies, "nll_loss": _likelihoods}
+"""By name, the losses that may have rows and classes cut."""
+
+
 class CrossEntropy(nn.Module):
     """Cross entropy of rows and classes that are cut: a partial sum over the axes of both.
 
@@ -148,11 +152,10 @@ class CrossEntropy(nn.Module):
     (T/n, C, …) probabilities; targets equal to `ignore_index` count nowhere, others by their class's `weight`.
     """
 
-    def __init__(self, rows: tuple[int, ...], classes: tuple[int, ...], plain: Plain, site: Site) -> None:
+    def __init__(self, rows: Group, classes: Group, places: Places, plain: Plain) -> None:
         super().__init__()
-        self.rows, self.classes, self.plain = rows, classes, plain
-        self.row_group, self.class_group = site.group(rows), site.group(classes)
-        self.places = _places(site, "c")
+        self.rows, self.classes, self.plain, self.places = rows.axes, classes.axes, plain, places
+        self.row_group, self.class_group = rows, classes
 
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
                 ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
@@ -200,8 +203,10 @@ def _loss(plain: Plain) -> Callable[[Site, int], nn.Module | None]:
     def make(site: Site, _: int) -> nn.Module | None:
         rows, classes = site.axes(*row_letters(len(shape(site.node.args[0])))), site.axes("c")
         mean = argument(site.node, 3, "reduction", MEAN) == MEAN
-        return CrossEntropy(rows, classes, plain, site) if classes or (rows and mean) else None
+        if not (classes or (rows and mean)):
+            return None
+        return CrossEntropy(site.group(rows), site.group(classes), _places(site, "c"), plain)
     return make
 
 
-cross_entropy, nll = _loss(_cross_entropies), _loss(_likelihoods)
+cross_entropy, nll = (_loss(PLAIN[name]) for name in ("cross_entropy", "nll_loss"))

@@ -71,7 +71,7 @@ class Network:
         groups = {}
         for axes, members in self.members.items():
             ranks = next(ranks for ranks in members if rank in ranks)
-            groups[axes] = Group(f"{ranks}@{ranks.index(rank)}", ranks.index(rank), tuple(range(len(ranks))))
+            groups[axes] = Group(f"{ranks}@{ranks.index(rank)}", ranks.index(rank), tuple(range(len(ranks))), axes)
         return Communicator(self.mesh, groups)
 
     def abort(self) -> None:

@@ -222,7 +222,8 @@ def test_too_little_memory_is_no_fault_of_ours(error: Exception, monkeypatch: py
     assert capsys.readouterr() == ("", f"autopar-solve: error: {cli.NO_MEMORY}\n")
 
 
-@pytest.mark.parametrize("given", ["--out", "--cluster", "--mesh", "--memory-budget", "--model", "--pin", "--batch"])
+@pytest.mark.parametrize("given", ["--out", "--emit", "--cluster", "--mesh", "--memory-budget", "--model", "--pin",
+                                   "--batch"])
 @pytest.mark.parametrize("value", ["", " ", "\0", "\n", "\ud800", "\u2603" * 300, "-1", "nan", "9" * 5000,
                                    "../" * 2000])
 def test_whatever_is_given_one_line_comes_back(given: str, value: str, own: Path,
@@ -232,6 +233,15 @@ def test_whatever_is_given_one_line_comes_back(given: str, value: str, own: Path
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(r"autopar-solve: error: [^\n]+\n", err)
     assert "invalid" not in err or "invalid choice" in err
+
+
+def test_the_program_of_a_rank_is_written(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", f"{own}:build", "--cluster", "2xA100-80GB", "--emit", str(tmp_path / "step.py")]
+    assert main(given) == 0 and "ILP Status" in capsys.readouterr().out
+    text = (tmp_path / "step.py").read_text()
+    assert "torchrun --nproc-per-node 2 step.py" in text and compile(text, "step.py", "exec")
+    assert main([*given[:-1], str(tmp_path / "nowhere" / "step.py")]) == 2
+    assert "there is no folder" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["step.py"]
 
 
 def test_nothing_is_left_where_a_plan_was_to_be_written(own: Path, tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def answer(options: Options, progress: Progress, start: float) -> str:
         plan = solve_or_recall(context, cluster, request, progress.found)
     if options.out is not None:
         plan.save(options.out)
+    if options.emit is not None:
+        plan.emit(options.emit, context, cluster)
     explained = explain(plan, context, cluster, options.explain) if options.explain is not None else None
     if options.json:
         assert compared is not None

@@ -52,6 +52,7 @@ class Options:
     verbose: bool
     modes: bool = False
     explain: str | None = None
+    emit: Path | None = None
     pins: tuple[tuple[str, str], ...] = ()
 
 
@@ -115,6 +116,9 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--out", type=writable, metavar="PLAN.JSON",
                        help="also write the plan to this file (default: not written)")
+    group.add_argument("--emit", type=writable, metavar="STEP.PY",
+                       help="also write what one rank runs to this file, as Python that runs under torchrun (default: "
+                            "not written)")
     group.add_argument("--json", action="store_true",
                        help="print one JSON object instead of text, with the step of every mode")
     group.add_argument("--modes", action="store_true", help="also solve every other mode and print its step")
@@ -136,7 +140,7 @@ def _count(text: str) -> int:
 
 def writable(text: str) -> Path:
     """The path, once a file beside it could be made, as it will be when the plan is there. Raises AutoparError."""
-    path = Path(check_path("--out", text))
+    path = Path(check_path("the path of a file to write", text))
     draft = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         if path.is_dir() or not path.parent.is_dir():

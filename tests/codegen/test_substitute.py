@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from autopar.codegen.communicator import Group
 from autopar.codegen.substitute import GlobalIndex, draw, keep_mask
 
 CPU = torch.device("cpu")
@@ -47,9 +48,9 @@ def test_draws_fill_their_range() -> None:
 ])
 def test_global_indices_of_all_shards_are_those_of_the_whole(whole: tuple[int, ...], parts: tuple[int, ...]) -> None:
     expected = torch.arange(math.prod(whole)).reshape(whole)
-    local = tuple(size // n for size, n in zip(whole, parts, strict=True))
     for place in itertools.product(*map(range, parts)):
         cut = expected
         for dim, (n, i) in enumerate(zip(parts, place, strict=True)):
             cut = cut.chunk(n, dim)[i]
-        assert torch.equal(GlobalIndex(whole, local, place)(CPU), cut)
+        groups = tuple(Group("", i, tuple(range(n))) for n, i in zip(parts, place, strict=True))
+        assert torch.equal(GlobalIndex(whole, groups)(CPU), cut)

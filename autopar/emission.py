@@ -1,0 +1,36 @@
+"""A plan's program as Python to read and to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from autopar.codegen.executable import build, offline
+from autopar.codegen.lower import Target
+from autopar.codegen.source.program import Title, program_text
+from autopar.core.cluster import Cluster
+from autopar.core.mesh import Mesh
+from autopar.passes.capture import Program
+from autopar.passes.decision import Context
+from autopar.plan import Plan
+from autopar.planner import annotated, check_origin, decision_of, setting_of
+
+
+def text_of(plan: Plan, program: Program | Context, cluster: Cluster, path: str) -> str:
+    """The text of a file at `path` that runs the plan's program, every rank bringing the whole batch.
+
+    Raises AutoparError when the plan is for another model or cluster.
+    """
+    ctx = annotated(program)
+    check_origin(plan, ctx, cluster)
+    decision, setting = decision_of(plan, ctx), setting_of(plan, cluster)
+    executable = build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta")))
+    return program_text(executable, Title(_title(plan), Path(path).name))
+
+
+def _title(plan: Plan) -> tuple[str, ...]:
+    model, cluster = (text.replace("\\", "/").replace('"', "'") for text in (plan.model, plan.cluster))
+    return (f"{model} on one rank of mesh {Mesh(plan.mesh)}, as a plan of mode {plan.mode} says.",
+            f"{plan.precision}, cluster {cluster} ({plan.cluster_key}), program {plan.program_key}.",
+            "Written by autopar; run it with")
