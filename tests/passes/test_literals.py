@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.passes.capture import capture
+from autopar.passes.constants import FoldConstants
 
 VALUES = [1.0, 2.0, 3.0, 4.0]
 WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -35,3 +36,20 @@ class Weighed(nn.Module):
 def test_values_are_kept(written: Callable[[Tensor], Tensor]) -> None:
     program = capture(Weighed(written), ((torch.zeros(2, 4),), {}), "fp32")
     assert [value.tolist() for value in program.constants.values()] == [VALUES]
+
+
+class Translator(nn.Module):
+    """torch's own encoder and decoder, the latter under a causal mask that the forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Transformer(8, 2, 1, 1, 8, dropout=0.0, batch_first=True)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        return self.both(source, target, tgt_mask=mask).sum()
+
+
+def test_a_mask_s_values_are_not_asked_for() -> None:
+    program = FoldConstants()(capture(Translator(), ((torch.zeros(2, 4, 8), torch.zeros(2, 3, 8)), {}), "fp32"))
+    assert [note.removeprefix("attention: ") for note in program.notes].count("causal") == 1
