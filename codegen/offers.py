@@ -84,6 +84,15 @@ class Habits:
     by_rows: dict[tuple[int, ...], Axes] = field(default_factory=dict)
 
 
+def check_modes(offers: list[Offer]) -> None:
+    """Raises AutoparError where some ranks train and others evaluate."""
+    training = [rank for rank, offer in enumerate(offers) if offer.training]
+    if training and len(training) < len(offers):
+        named = f"{', '.join(map(str, training[:4]))}{', ...' if len(training) > 4 else ''}"
+        raise AutoparError(f"{len(training)} of {len(offers)} ranks train ({named}) and the others evaluate; call "
+                           "model.train(), model.eval() and torch.no_grad() alike on all ranks")
+
+
 def axes_of_offers(offers: list[Offer], rows: int, ways: tuple[Axes, ...], habits: Habits, mesh: Mesh) -> Axes:
     """Along which of the `ways` ranks bring different samples, for a program of `rows` samples; all have one answer.
 
