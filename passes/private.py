@@ -6,8 +6,8 @@ An export spends more on what surrounds the program than on the program. Inside 
 - Python source of a graph module at every change: it is written when a module is first called;
 - looking through every node for sizes that depend on values, where tracing has met none;
 - flattening and copying the arguments of an op several times: `_record` takes them as they are;
-- looking whether the values of a mask that `nn.Transformer` is given are causal, which meta cannot tell: `FoldConstants`
-  looks afterwards.
+- looking whether the values of a mask that `nn.Transformer` is given are causal, which meta cannot tell:
+  `FoldConstants` looks afterwards.
 
 The graph, its names, the values' metadata and module paths are the same, which tests compare op by op. What stands in
 for a part of torch does only the ordinary case itself and leaves all else to that part. Names and signatures are those

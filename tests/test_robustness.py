@@ -124,3 +124,23 @@ def unlike(rank: int, world_size: int, what: str) -> str:
 def test_ranks_are_given_the_same(pool: Any, what: str, words: list[str]) -> None:
     for said in pool(2).run(unlike, what):
         assert all(word in said for word in words), said
+
+
+def alone(rank: int, world_size: int, what: str, folder: str) -> str:
+    """What a rank is told when rank 0 alone does what all have to do, and the other calls the model."""
+    inputs = (torch.ones(4, 8), torch.zeros(4, 8))
+    model = autopar.compile(nn.Linear(8, 8), quick(world_size), inputs=inputs, loss_fn=nn.functional.mse_loss,
+                            mode="zero3", precision="fp32")
+    done = {"save": lambda: autopar.save_checkpoint(folder, model), "gather": model.full_state_dict,
+            "load": lambda: autopar.load_checkpoint(folder, model)}[what]
+    try:
+        model(*inputs) if rank else done()
+    except autopar.AutoparError as error:
+        return str(error)
+    return "not refused"
+
+
+@pytest.mark.parametrize("what", ["save", "load", "gather"])
+def test_what_all_do_is_not_for_rank_zero(pool: Any, tmp_path: Any, what: str) -> None:
+    for said in pool(2).run(alone, what, str(tmp_path)):
+        assert "call them on each" in said, said
