@@ -29,7 +29,7 @@ from autopar.plain import check_plain
 from autopar.plan import Plan
 from autopar.planner import Request, check_shapes, prepare
 from autopar.programs import Call, LossFn, Order, candidates, compiled, solve_best
-from autopar.ranks import together
+from autopar.ranks import check_alike, together
 from autopar.solver.model import SOLVERS
 
 Inputs = Any
@@ -122,7 +122,19 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     launch.init()
     order = together(ordered)
     together(material.check)
+    check_alike(_told(model, order) | {"inputs=": "absent" if call is None else "given"})
     return DeferredModule(model, order) if call is None else compiled(model, call, order)
+
+
+def _told(model: nn.Module, order: Order) -> dict[str, str]:
+    """What every rank has to be given alike, by what it is called."""
+    asked = order.request
+    words = {"the model": type(model).__name__, "mode": asked.mode, "mesh": asked.mesh, "optimizer": asked.optimizer,
+             "precision": order.precision, "returns": order.returns, "batch": order.batch, "compiler": order.compiler,
+             "the loss_fn": "absent" if order.loss_fn is None else "given", "the stored shape": order.stored}
+    parameters = {f"parameter {name}": f"{tuple(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'},"
+                  for name, p in model.named_parameters()}
+    return {word: str(value) for word, value in words.items()} | parameters
 
 
 def arguments(inputs: Inputs) -> Call:

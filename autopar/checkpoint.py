@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.optim import Optimizer
 
 from autopar import optimizer_state
+from autopar.codegen.offers import meet
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
 from autopar.core.files import entry, read_object
@@ -64,6 +65,7 @@ def save(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None, *
     written, leaving earlier checkpoints as they were.
     """
     module, place = _compiled(model, optimizer), Path(check_path("the folder of checkpoints", folder))
+    meet("save_checkpoint")
     record, state = optimizer_state.take(optimizer, _names(module)) if optimizer is not None else (None, {})
     head = {"optimizer": record, "random": module.random_state(), "progress": encode(progress, "progress")}
     draft = Path(on_rank_zero(lambda: str(_new_draft(place))))
@@ -84,6 +86,7 @@ def load(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None) -
     whole checkpoint or it is of another model or optimizer.
     """
     module, place = _compiled(model, optimizer), Path(check_path("the folder of checkpoints", folder))
+    meet("load_checkpoint")
     names = _names(module)
     chosen = Path(on_rank_zero(lambda: str(choose(place))))
     head = parse_head(json.loads(on_rank_zero(lambda: json.dumps(read_object(chosen / HEAD)))))

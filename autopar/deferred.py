@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DistributedSampler
 
 from autopar import launch
-from autopar.codegen.offers import Offer, digest
+from autopar.codegen.offers import Offer, check_modes, digest
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
@@ -46,7 +46,8 @@ class DeferredModule(nn.Module):
         rows = tensors[0].shape[0] if tensors else 0
         rest = [(x.shape[0] == rows, *x.shape[1:]) for x in tensors]
         offers = Offer(1, int(self.training), rows, digest([rest, len(leaves)]), digest(leaves)).told()
-        if len({(offer.training, offer.rest) for offer in offers}) > 1:
+        check_modes(offers)
+        if len({offer.rest for offer in offers}) > 1:
             raise AutoparError(f"the ranks' inputs have different shapes, here {[list(x.shape) for x in tensors]}; "
                                "pass batches of one shape")
         whole = self._order.batch == "global" or (self._order.batch is None and len(set(offers)) == 1)

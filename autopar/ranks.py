@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -53,6 +53,19 @@ def together(act: Callable[[], Value]) -> Value:
     if failures:
         raise AutoparError("; ".join(failures))
     return found
+
+
+def check_alike(told: Mapping[str, str]) -> None:
+    """Raises AutoparError on every rank, with both values, where one tells another thing than rank 0. Collective."""
+    said: list[Any] = [dict(told)]
+    dist.broadcast_object_list(said)
+
+    def compare() -> None:
+        for word in said[0] | told:
+            first, here = said[0].get(word, "absent"), told.get(word, "absent")
+            if first != here:
+                raise AutoparError(f"{word} is {first} on rank 0 and {here} on another; give all ranks the same")
+    together(compare)
 
 
 def _exchanged(failure: str | None) -> list[str]:

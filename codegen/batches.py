@@ -14,7 +14,18 @@ from torch.utils import _pytree as pytree
 
 from autopar.codegen.calls import Form, arranged, check_leaf
 from autopar.codegen.executable import Executable
-from autopar.codegen.offers import UNKNOWN, Axes, Batched, Habits, Offer, Shape, axes_of_offers, batched, digest
+from autopar.codegen.offers import (
+    UNKNOWN,
+    Axes,
+    Batched,
+    Habits,
+    Offer,
+    Shape,
+    axes_of_offers,
+    batched,
+    check_modes,
+    digest,
+)
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 from autopar.passes.additive import Additive
@@ -105,6 +116,7 @@ class Batches:
     def _agreed(self, offer: Offer, planned: Batched, leaves: list[Any]) -> tuple[Axes, list[Offer]]:
         """Along which axes ranks bring different samples, and what all bring; collective, so that all are told."""
         plans, offers = self.plans, offer.told()
+        check_modes(offers)
         try:
             axes = axes_of_offers(offers, planned.rows, plans.ways, self.habits, plans.mesh)
         except AutoparError as error:

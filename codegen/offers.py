@@ -20,6 +20,8 @@ from autopar.core.mesh import Mesh
 Axes = tuple[int, ...]
 Shape = tuple[int, ...]
 UNKNOWN = -1
+ELSEWHERE = 2
+"""What `fits` is for a rank that does something else with all ranks where others call the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,24 @@ class Habits:
 
     last: Axes | None = None
     by_rows: dict[tuple[int, ...], Axes] = field(default_factory=dict)
+
+
+def meet(what: str) -> None:
+    """Raises AutoparError on all ranks where some come to do `what` and others do not; collective."""
+    check_modes(Offer(ELSEWHERE, 0, UNKNOWN, digest([what])).told())
+
+
+def check_modes(offers: list[Offer]) -> None:
+    """Raises AutoparError where some ranks train and others evaluate, or do something else altogether."""
+    away = {offer.rest if offer.fits == ELSEWHERE else UNKNOWN for offer in offers}
+    if len(away) > 1:
+        raise AutoparError("some ranks call the model while others save, load or gather its state; save_checkpoint, "
+                           "load_checkpoint and full_state_dict are for all ranks together: call them on each")
+    training = [rank for rank, offer in enumerate(offers) if offer.training]
+    if training and len(training) < len(offers):
+        named = f"{', '.join(map(str, training[:4]))}{', ...' if len(training) > 4 else ''}"
+        raise AutoparError(f"{len(training)} of {len(offers)} ranks train ({named}) and the others evaluate; call "
+                           "model.train(), model.eval() and torch.no_grad() alike on all ranks")
 
 
 def axes_of_offers(offers: list[Offer], rows: int, ways: tuple[Axes, ...], habits: Habits, mesh: Mesh) -> Axes:

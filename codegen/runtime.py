@@ -20,6 +20,7 @@ from autopar.codegen.communicator import Communicator
 from autopar.codegen.executable import Executable, seeds_of
 from autopar.codegen.first_order import first_order
 from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
+from autopar.codegen.offers import meet
 from autopar.codegen.outputs import output_of
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
 from autopar.codegen.paths import Under
@@ -191,6 +192,7 @@ class ParallelModule(nn.Module):
 
         Collective; one whole parameter after the other is gathered.
         """
+        meet("full_state_dict")
         state: dict[str, Tensor] = {}
         for name, parameter in self.named_parameters():
             value = to_plain(parameter, self._stored[name])

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from autopar.core.errors import AutoparError, CaptureError
 from autopar.passes.blame import blame, check_call, check_static
 from autopar.passes.certain import CertainComparisons
+from autopar.passes.literals import CPU, META, Literals
 
 Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
 COMPUTE_DTYPE: dict[str, torch.dtype] = {
@@ -155,17 +156,17 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The export of `module`; with the lines behind its nodes where a size depends on values, which is refused."""
     from autopar.passes.private import lean_export  # torch's compiler comes with it, and only a trace is worth the wait
     try:
-        with lean_export(), CertainComparisons():
+        with lean_export(), CertainComparisons(), Literals(CPU):
             exported = torch.export.export(module, args, kwargs, strict=False)
     except RuntimeError as error:
         if not any(said in str(error) for said in ("FakeTensor Device Propagation", "at least two devices")):
             raise
         # tensors that the forward makes without a device
-        with lean_export(), CertainComparisons(), torch.device("meta"):
+        with lean_export(), CertainComparisons(), META, Literals(META):
             exported = torch.export.export(module, args, kwargs, strict=False)
     if all("unbacked_bindings" not in node.meta for node in exported.graph_module.graph.nodes):
         return exported
-    with CertainComparisons():
+    with CertainComparisons(), Literals(CPU):
         return torch.export.export(module, args, kwargs, strict=False)
 
 

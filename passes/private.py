@@ -5,7 +5,9 @@ An export spends more on what surrounds the program than on the program. Inside 
 - the stack trace, the second description of the result (`tensor_meta`) and the torch function behind each node;
 - Python source of a graph module at every change: it is written when a module is first called;
 - looking through every node for sizes that depend on values, where tracing has met none;
-- flattening and copying the arguments of an op several times: `_record` takes them as they are.
+- flattening and copying the arguments of an op several times: `_record` takes them as they are;
+- looking whether the values of a mask that `nn.Transformer` is given are causal, which meta cannot tell:
+  `FoldConstants` looks afterwards.
 
 The graph, its names, the values' metadata and module paths are the same, which tests compare op by op. What stands in
 for a part of torch does only the ordinary case itself and leaves all else to that part. Names and signatures are those
@@ -26,6 +28,7 @@ from torch.export import _trace
 from torch.fx import _lazy_graph_module
 from torch.fx.experimental import proxy_tensor
 from torch.fx.traceback import has_preserved_node_meta
+from torch.nn.modules import transformer
 
 aten = torch.ops.aten
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -58,6 +61,11 @@ def _rebind(gm: fx.GraphModule, original: Callable[[fx.GraphModule], None] = _tr
     """In place of `_replace_unbacked_bindings`: a size that depends on values is bound where it first occurs."""
     if any("unbacked_bindings" in node.meta for node in gm.graph.nodes):
         original(gm)
+
+
+def _causal_if_said(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """In place of `_detect_is_causal_mask`, whose answer is a hint: the mask goes along with it."""
+    return is_causal is True
 
 
 class _Extraordinary(Exception):
@@ -131,6 +139,7 @@ _STAND_INS: tuple[tuple[Any, str, Any], ...] = (
     (proxy_tensor, "_extract_tensor_metadata", _no_metadata),
     (proxy_tensor, "proxy_call", _record),
     (_trace, "_replace_unbacked_bindings", _rebind),
+    (transformer, "_detect_is_causal_mask", _causal_if_said),
 )
 
 

@@ -101,3 +101,46 @@ def mixed(rank: int, world_size: int, trouble: str) -> str:
 @pytest.mark.parametrize(("trouble", "words"), [("later data", "data differ"), ("whole and half", "different kinds")])
 def test_batches_that_do_not_go_together_are_refused_everywhere(pool: Any, trouble: str, words: str) -> None:
     assert all(words in said for said in pool(2).run(mixed, trouble))
+
+
+def unlike(rank: int, world_size: int, what: str) -> str:
+    """What a rank is told when rank 1 is given another `what`."""
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    given: dict[str, Any] = {"inputs": (torch.ones(4, 8), torch.zeros(4, 8)), "mode": "zero3", "precision": "fp32"}
+    if rank:
+        plain[1].weight.requires_grad_(what != "trained")
+        given |= {"inputs": {"inputs": None}, "mode": {"mode": "ddp"}, "precision": {"precision": "bf16"}}.get(what, {})
+    try:
+        autopar.compile(plain, quick(world_size), loss_fn=nn.functional.mse_loss, **given)
+    except autopar.AutoparError as error:
+        return str(error)
+    return "not refused"
+
+
+@pytest.mark.parametrize(("what", "words"), [
+    ("trained", ["1.weight", "trained, on rank 0", "frozen, on another"]), ("inputs", ["inputs=", "given", "absent"]),
+    ("mode", ["zero3", "ddp"]), ("precision", ["fp32", "bf16"]),
+])
+def test_ranks_are_given_the_same(pool: Any, what: str, words: list[str]) -> None:
+    for said in pool(2).run(unlike, what):
+        assert all(word in said for word in words), said
+
+
+def alone(rank: int, world_size: int, what: str, folder: str) -> str:
+    """What a rank is told when rank 0 alone does what all have to do, and the other calls the model."""
+    inputs = (torch.ones(4, 8), torch.zeros(4, 8))
+    model = autopar.compile(nn.Linear(8, 8), quick(world_size), inputs=inputs, loss_fn=nn.functional.mse_loss,
+                            mode="zero3", precision="fp32")
+    done = {"save": lambda: autopar.save_checkpoint(folder, model), "gather": model.full_state_dict,
+            "load": lambda: autopar.load_checkpoint(folder, model)}[what]
+    try:
+        model(*inputs) if rank else done()
+    except autopar.AutoparError as error:
+        return str(error)
+    return "not refused"
+
+
+@pytest.mark.parametrize("what", ["save", "load", "gather"])
+def test_what_all_do_is_not_for_rank_zero(pool: Any, tmp_path: Any, what: str) -> None:
+    for said in pool(2).run(alone, what, str(tmp_path)):
+        assert "call them on each" in said, said

@@ -107,7 +107,7 @@ def message(call: Any) -> str:
 
 @pytest.mark.parametrize(("trouble", "words"), [
     ("mode", ["4d", "ddp", "zero3"]), ("cluster", ["8 devices", "4 ranks"]), ("batch", ["6", "4", "8"]),
-    ("models", ["different programs"]), ("shapes", ["(8, 48)", "(8, 16)", "rows 0 to 31"]),
+    ("models", ["h.2.", "absent on rank 0"]), ("shapes", ["(8, 48)", "(8, 16)", "rows 0 to 31"]),
     ("data", ["data", "differ"]),
     ("arguments", ["input_ids", "labels"]),
 ])

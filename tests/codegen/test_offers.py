@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from autopar.codegen.offers import UNKNOWN, Habits, Offer, axes_of_offers
+from autopar.codegen.offers import UNKNOWN, Habits, Offer, axes_of_offers, check_modes
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 
@@ -59,3 +59,9 @@ def test_calls_that_differ(other: Offer) -> None:
     """In arguments that do not fit, in training or evaluating, in the other sizes."""
     with pytest.raises(AutoparError, match="different kinds"):
         axes_of_offers([*offers(*[(8, 1)] * 3), other], 8, WAYS, Habits(), MESH)
+
+
+def test_ranks_that_train_are_told_from_others() -> None:
+    check_modes([Offer(1, training, 8, 5) for training in (1, 1)])
+    with pytest.raises(AutoparError, match=r"1 of 3 ranks train \(0\) and the others evaluate"):
+        check_modes([Offer(1, training, 8, 5) for training in (1, 0, 0)])

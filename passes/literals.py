@@ -1,0 +1,38 @@
+"""Tensors that a forward writes out, such as `torch.tensor([1.0, 2.0])`, keep their values while it is traced on meta.
+
+A forward is traced on `meta`, where nothing has a value. What it writes out for that device, because it asks for that
+of an input or for none, is made on the CPU and moved: the program then holds the values as a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_WRITTEN = {torch.tensor, torch.as_tensor, torch.asarray}
+_LIKE = {torch.Tensor.new_tensor}
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class Literals(TorchFunctionMode):
+    """Makes tensors that are given by their values on the CPU first where they would be made on meta.
+
+    `default` is the device of those for which none is asked.
+    """
+
+    def __init__(self, default: torch.device) -> None:
+        super().__init__()
+        self._default = default
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        named = dict(kwargs or {})
+        if function not in _WRITTEN | _LIKE or any(isinstance(value, torch.Tensor) for value in args[-1:]):
+            return function(*args, **named)
+        own = args[0].device if function in _LIKE else self._default
+        if torch.device(named.get("device") or own) != META:
+            return function(*args, **named)
+        return function(*args, **{**named, "device": CPU}).to(META)
