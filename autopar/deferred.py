@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DistributedSampler
 
 from autopar import launch
-from autopar.codegen.offers import Offer, check_modes, digest
+from autopar.codegen.offers import Offer, check_modes, digest, grown_to
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
@@ -52,7 +51,7 @@ class DeferredModule(nn.Module):
                                "pass batches of one shape")
         whole = self._order.batch == "global" or (self._order.batch is None and len(set(offers)) == 1)
         grown = rows if whole else max(offer.rows for offer in offers) * len(offers)
-        call = pytree.tree_map_only(Tensor, lambda x: _grown(x, rows, grown), (args, kwargs))
+        call = pytree.tree_map_only(Tensor, lambda x: grown_to(x, rows, grown), (args, kwargs))
         made = compiled(self._plain[0].train(self.training), call, self._order)
         made.adopt(self._waiting)
         follow(made)
@@ -105,9 +104,3 @@ class DeferredModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's."""
         return self._current().load_state_dict(*args, **kwargs)
-
-
-def _grown(tensor: Tensor, rows: int, grown: int) -> Tensor:
-    """`tensor` on meta, with as many samples as `grown` where it has `rows`."""
-    shape = (grown, *tensor.shape[1:]) if tensor.ndim and tensor.shape[0] == rows else tensor.shape
-    return torch.empty(shape, dtype=tensor.dtype, device="meta")

@@ -20,7 +20,7 @@ from autopar.codegen.compiled import COMPILERS, Compiler
 from autopar.codegen.control import all_equal
 from autopar.codegen.executable import Executable, batch_spec, build
 from autopar.codegen.lower import Target
-from autopar.codegen.offers import batched
+from autopar.codegen.offers import batched, grown_to
 from autopar.codegen.parameters import device_mesh
 from autopar.codegen.runtime import ParallelModule, Site
 from autopar.codegen.site import Draws
@@ -35,7 +35,7 @@ from autopar.passes.blame import blame
 from autopar.passes.capture import Precision, Returns, Stored, capture, meta_twin
 from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
-from autopar.passes.rules.nodes import argument
+from autopar.passes.rules.nodes import attention_dropout
 from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
 from autopar.planner import Report, Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
@@ -86,7 +86,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
 
 def _drops(node: fx.Node) -> bool:
     attends = node.target is torch.ops.aten.scaled_dot_product_attention.default
-    return attends and argument(node, 4, "dropout_p", 0.0) > 0.0
+    return attends and attention_dropout(node) > 0.0
 
 
 def _ways(decision: Decision, kind: BatchKind | None) -> tuple[Axes, ...]:
@@ -196,11 +196,7 @@ def filled_up(call: Call, parts: int) -> Call | None:
     rows = tensors[0].shape[0] if tensors else 0
     if rows % parts == 0:
         return None
-
-    def grown(x: Tensor) -> Tensor:
-        shape = (-(-rows // parts) * parts, *x.shape[1:]) if x.ndim and x.shape[0] == rows else x.shape
-        return torch.empty(shape, dtype=x.dtype, device="meta")
-    full: Call = pytree.tree_map_only(Tensor, grown, call)
+    full: Call = pytree.tree_map_only(Tensor, lambda x: grown_to(x, rows, -(-rows // parts) * parts), call)
     return full
 
 

@@ -172,3 +172,9 @@ def digest(leaves: list[Any]) -> int:
 def _raw(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes()
+
+
+def grown_to(tensor: Tensor, rows: int, more: int) -> Tensor:
+    """`tensor` on meta, with `more` samples where it has `rows`."""
+    shape = (more, *tensor.shape[1:]) if tensor.ndim and tensor.shape[0] == rows else tensor.shape
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")

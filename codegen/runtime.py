@@ -60,9 +60,11 @@ class Body(nn.Module):
     def forward(self, executable: Executable, given: dict[fx.Node, Tensor], seed: tuple[int, int],
                 device: torch.device) -> dict[fx.Node, Tensor]:
         count = len(executable.calls)
-        made, on_host = seeds_of(*seed, count, device), seeds_of(*seed, count, torch.device("cpu"))
-        seeds = tuple((one, other) if each.lowered.host_seeded else (one,)
-                      for one, other, each in zip(made, on_host, executable.calls, strict=True))
+        seeds: tuple[tuple[Tensor, ...], ...] = tuple((one,) for one in seeds_of(*seed, count, device))
+        if any(each.lowered.host_seeded for each in executable.calls):
+            on_host = seeds_of(*seed, count, torch.device("cpu"))
+            seeds = tuple((*one, other) if each.lowered.host_seeded else one
+                          for one, other, each in zip(seeds, on_host, executable.calls, strict=True))
 
         def everything(held: dict[str, Tensor]) -> tuple[Any, ...]:
             return (executable.run(given, self._caller(executable, held, seeds)),)

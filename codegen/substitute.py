@@ -25,7 +25,7 @@ from autopar.core.reshard import Step
 from autopar.passes.exchanges import Exchange, running_exchanges, statistic_exchanges
 from autopar.passes.functional import value_of
 from autopar.passes.layout import local_shape
-from autopar.passes.rules.nodes import argument
+from autopar.passes.rules.nodes import argument, attention_dropout
 
 aten = torch.ops.aten
 
@@ -210,7 +210,7 @@ def _uniform(site: Site, salt: int) -> nn.Module:
 
 
 def _attention(site: Site, salt: int) -> nn.Module | None:
-    if not argument(site.node, 4, "dropout_p", 0.0):
+    if not attention_dropout(site.node):
         return None
     query, key, value, mask = (value_of(argument(site.node, i, name, None)) for i, name in
                                enumerate(("query", "key", "value", "attn_mask")))

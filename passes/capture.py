@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -155,19 +156,22 @@ def without_caches(twin: nn.Module) -> nn.Module:
 def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """The export of `module`; with the lines behind its nodes where a size depends on values, which is refused."""
     from autopar.passes.private import lean_export  # torch's compiler comes with it, and only a trace is worth the wait
+
+    def traced(*within: AbstractContextManager[Any]) -> torch.export.ExportedProgram:
+        with CertainComparisons(), ExitStack() as stack:
+            for each in within:
+                stack.enter_context(each)
+            return torch.export.export(module, args, kwargs, strict=False)
+
     try:
-        with lean_export(), CertainComparisons(), Literals(CPU):
-            exported = torch.export.export(module, args, kwargs, strict=False)
+        exported = traced(lean_export(), Literals(CPU))
     except RuntimeError as error:
         if not any(said in str(error) for said in ("FakeTensor Device Propagation", "at least two devices")):
             raise
-        # tensors that the forward makes without a device
-        with lean_export(), CertainComparisons(), META, Literals(META):
-            exported = torch.export.export(module, args, kwargs, strict=False)
+        exported = traced(lean_export(), META, Literals(META))  # for tensors that the forward makes without a device
     if all("unbacked_bindings" not in node.meta for node in exported.graph_module.graph.nodes):
         return exported
-    with CertainComparisons(), Literals(CPU):
-        return torch.export.export(module, args, kwargs, strict=False)
+    return traced(Literals(CPU))
 
 
 def _meta(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

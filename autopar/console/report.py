@@ -31,10 +31,10 @@ def as_json(compared: Comparison, total_s: float, explanation: Explanation | Non
 
     `total_s`: seconds since the command started.
     """
-    plan = compared.plan
+    told = compared.plan.to_json()
     return json.dumps({
-        **plan.to_json(),
-        "ops": [op for op in plan.to_json()["ops"] if op["strategy"]],
+        **told,
+        "ops": [op for op in told["ops"] if op["strategy"]],
         "modes": compared.seconds, "modes_reason": compared.reasons, "total_s": total_s,
         **({"explanation": explanation_fields(explanation)} if explanation else {}),
     })

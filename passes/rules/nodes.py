@@ -74,3 +74,9 @@ def names_of(rank: int) -> list[str]:
 def joined(names: list[str]) -> str:
     """The letters of one operand."""
     return " ".join(names)
+
+
+def attention_dropout(node: fx.Node) -> float:
+    """The rate at which the attention `node` drops its weights."""
+    rate: float = argument(node, 4, "dropout_p", 0.0)
+    return rate

@@ -9,7 +9,7 @@ from torch import fx
 
 from autopar.passes.functional import value_of
 from autopar.passes.rules import losses, moves, norms, reductions
-from autopar.passes.rules.nodes import RuleMaker, argument, call_of, shape, tensor_operands
+from autopar.passes.rules.nodes import RuleMaker, argument, attention_dropout, call_of, shape, tensor_operands
 from autopar.passes.rules.notation import Rule, letters, rule
 from autopar.passes.rules.recurrent import recurrent
 
@@ -87,7 +87,7 @@ def _attention(node: fx.Node) -> Rule | None:
         return None
     mask = argument(node, 3, "attn_mask", None)
     masked = "" if mask is None else ", " + _mask_letters(shape(mask), query, key[2])
-    dropout = argument(node, 4, "dropout_p", 0.0)
+    dropout = attention_dropout(node)
     return rule(f"b h q d, b h k d, b h k e{masked} -> b h q e", whole="q k d e", special="b h" if dropout else "")
 
 
