@@ -21,8 +21,9 @@ from torch import Tensor, fx
 
 from autopar.codegen import private
 from autopar.codegen.control import exchanged
-from autopar.codegen.engine import Engine, Pass, Seeds, Stepping
+from autopar.codegen.engine import Engine, Seeds
 from autopar.codegen.executable import Values
+from autopar.codegen.tape import Pass, Stepping
 from autopar.codegen.travel import local_of
 from autopar.core.errors import AutoparError
 

@@ -16,7 +16,7 @@ from torch.utils.data import DistributedSampler
 
 from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
-from autopar.codegen.engine import Engine, Parameters, Pass, stepped
+from autopar.codegen.engine import Engine, Parameters
 from autopar.codegen.executable import Executable, Values, seeds_for
 from autopar.codegen.first_order import first_order
 from autopar.codegen.groups import ParameterGroup, mangled, wrap
@@ -26,6 +26,7 @@ from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
 from autopar.codegen.paths import Under
 from autopar.codegen.replay import Launches, Replays
 from autopar.codegen.sampler import sampler_over
+from autopar.codegen.tape import Pass, stepped
 from autopar.codegen.travel import Member, Unit
 from autopar.codegen.values import Values as FirstValues
 from autopar.codegen.values import seed_of_rank_zero, state_names
