@@ -293,13 +293,13 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
 
 def units_of(owners: Mapping[str, ParameterGroup], stored: Mapping[str, Stored], decision: Decision,
              site: Site) -> dict[str, Unit]:
-    """By name of a parameter that is gathered what it travels with."""
+    """By name of a parameter that is gathered from others what it travels with."""
     precision = decision.context.segmented.factored.program.precision
     made: dict[str, Unit] = {}
     for group in dict.fromkeys(owners.values()):
         storage = stored[group.names[0]].storage
-        if storage.gathered:
-            over = site.communicator.group(storage.gathered)
+        over = site.communicator.group(storage.gathered)
+        if over.size > 1:
             members = tuple(Member(n, stored[n].used_shape(decision.mesh), stored[n].gather_dim(decision.mesh),
                                    over.size) for n in group.names)
             rests = group.parameter(group.names[0]).dtype

@@ -1,4 +1,4 @@
-"""Training by recorded steps beside the plain model's, run by torchrun; the first rank prints what test_replay reads."""
+"""Training by recorded steps beside the plain model's, run by torchrun; rank 0 prints what test_replay reads."""
 
 from __future__ import annotations
 
