@@ -1,7 +1,7 @@
 """A linear layer and cross entropy over its classes in one op that never has all logits.
 
-    hidden (T, D), weight (C, D) of this rank's classes, bias (C) or none, place (T) as in `rows` -> loss (), the sum of
-    the losses of rows whose class is here, fp32 at least
+    hidden (T, D), weight (C, D) of this rank's classes, bias (C) or none, place (T) as in `rows`, scale ()
+    -> loss (), the sum of the losses of rows whose class is here, times the scale; fp32 at least
 
 Rows go in chunks: a chunk's logits are a matrix product, turned in place into their gradients, of which two more
 products make the chunk's gradients of hidden and its share of the weight's. All that is done in the forward, for a
@@ -22,13 +22,14 @@ al., 2019).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autopar.kernels.rows import IGNORED, Rows, rows_of, wide
+from autopar.kernels.rows import IGNORED, rows_of, wide
 
 Exchange = Callable[[Tensor], Tensor]
 """The logarithms of sums (t) over this rank's classes -> those over all."""
@@ -40,21 +41,30 @@ LEAST_ELEMENTS = 2**25
 ROWS_ALIGNED, CLASSES_ALIGNED = 128, 64
 NARROWEST = 8
 """The matmul library's quick kernels want 16-bit rows that are a multiple of so many."""
-SUMMED_IN = {torch.float16: torch.float32}
-"""What the gradient of the weight is summed in over chunks, where not its own dtype: sums over rows, before they are
-scaled, may exceed fp16."""
 
 
-def reference(hidden: Tensor, weight: Tensor, place: Tensor, bias: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """So many rows at once; over chunks the gradient of the weight is summed in `dtype`."""
+
+    rows: int
+    dtype: torch.dtype
+
+
+def chunks_for(hidden: Tensor, classes: int) -> Chunks:
+    """A `CHUNKS`th of the rows, or more where classes are few. Sums over rows before they are scaled may exceed fp16.
+    """
+    least = max(-(-len(hidden) // CHUNKS), LEAST_ELEMENTS // classes, 1)
+    rows = min(len(hidden), -(-least // ROWS_ALIGNED) * ROWS_ALIGNED)
+    return Chunks(max(1, rows), torch.float32 if hidden.dtype == torch.float16 else hidden.dtype)
+
+
+def reference(hidden: Tensor, weight: Tensor, place: Tensor, bias: Tensor | None = None,
+              scale: Tensor | None = None) -> Tensor:
     """The loss by the plain form, where all classes are here."""
     logits = F.linear(hidden, weight, bias)
-    return F.cross_entropy(logits.to(wide(logits.dtype)), place, ignore_index=IGNORED, reduction="sum")
-
-
-def rows_at_once(rows: int, classes: int) -> int:
-    """The rows of a chunk."""
-    least = max(-(-rows // CHUNKS), LEAST_ELEMENTS // classes, 1)
-    return max(1, min(rows, -(-least // ROWS_ALIGNED) * ROWS_ALIGNED))
+    loss = F.cross_entropy(logits.to(wide(logits.dtype)), place, ignore_index=IGNORED, reduction="sum")
+    return loss if scale is None else loss * scale
 
 
 def alone(total: Tensor) -> Tensor:
@@ -62,7 +72,7 @@ def alone(total: Tensor) -> Tensor:
     return total
 
 
-def padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias with more classes where a GPU's matmul would be slow without."""
     more = -len(weight) % CLASSES_ALIGNED
     if not weight.is_cuda or len(weight) % NARROWEST == 0:
@@ -70,103 +80,101 @@ def padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return F.pad(weight, (0, 0, 0, more)), None if bias is None else F.pad(bias, (0, more))
 
 
-def loss_of(total: Tensor, found: Tensor, place: Tensor) -> Tensor:
+def _loss(total: Tensor, found: Tensor, place: Tensor) -> Tensor:
     """The sum of the losses of rows whose class is here."""
     return (total - found).where(place >= 0, 0.0).sum()
 
 
 def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, at_once: int,
-            exchange: Exchange) -> Tensor:
-    """The loss alone."""
-    wider, offset = padded(weight, bias)
-    losses = []
+            exchange: Exchange = alone) -> Tensor:
+    """The loss alone, not scaled."""
+    wider, offset = _padded(weight, bias)
+    losses = [hidden.new_zeros((), dtype=wide(hidden.dtype))]
     for x, at in zip(hidden.split(at_once), place.split(at_once), strict=True):
         logits = F.linear(x, wider, offset)
         total, found = rows_of(logits).sums(logits, at, len(weight))
-        losses.append(loss_of(exchange(total), found, at))
+        losses.append(_loss(exchange(total), found, at))
     return torch.stack(losses).sum()
 
 
-def forward_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, at_once: int,
-                     wanted: list[bool], exchange: Exchange) -> Made:
-    """The loss and its gradients, those of hidden, weight and bias if `wanted`."""
-    wider, offset = padded(weight, bias)
+def forward_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, scale: Tensor, chunks: Chunks,
+                     wanted: list[bool], exchange: Exchange = alone) -> Made:
+    """The loss, not scaled, and those of its gradients with respect to hidden, weight and bias that are `wanted`."""
+    wider, offset = _padded(weight, bias)
     for_hidden = hidden.new_empty(hidden.shape if wanted[0] else (0,))
-    summed = SUMMED_IN.get(weight.dtype, weight.dtype)
-    for_weight = weight.new_empty(wider.shape if wanted[1] else (0,), dtype=summed)
+    for_weight = weight.new_empty(wider.shape if wanted[1] else (0,), dtype=chunks.dtype)
     for_bias = weight.new_zeros(len(wider) if wanted[2] else 0, dtype=wide(weight.dtype))
-    room = hidden.new_empty(min(at_once, len(hidden)), len(wider))
-    losses = []
-    for first in range(0, len(hidden), at_once):
-        x, at = hidden[first:first + at_once], place[first:first + at_once]
-        slopes = room[:len(x)]
-        _products(x, wider, offset, slopes)
-        losses.append(_loss_and_slopes(rows_of(slopes), slopes, at, len(weight), exchange))
+    room = hidden.new_empty(chunks.rows, len(wider))
+    losses = [hidden.new_zeros((), dtype=wide(hidden.dtype))]
+    for first in range(0, len(hidden), chunks.rows):
+        x, at = hidden[first:first + chunks.rows], place[first:first + chunks.rows]
+        slopes = _product(x, wider, offset, room[:len(x)])
+        losses.append(_loss_and_slopes(slopes, at, scale, len(weight), exchange))
         if wanted[0]:
-            torch.mm(slopes, wider, out=for_hidden[first:first + at_once])
+            torch.mm(slopes, wider, out=for_hidden[first:first + chunks.rows])
         if wanted[1]:
-            add_product(for_weight, slopes.t(), x, first > 0)
+            _add_product(for_weight, slopes.t(), x, first > 0)
         if wanted[2]:
             for_bias += slopes.sum(0, dtype=for_bias.dtype)
-    return (torch.stack(losses).sum(), for_hidden, for_weight[:len(weight)],
-            for_bias[:len(weight)].to(weight.dtype) if wanted[2] else for_bias)
+    return torch.stack(losses).sum(), for_hidden, for_weight[:len(weight)], for_bias[:len(weight)]
 
 
-def _products(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _loss_and_slopes(rows: Rows, logits: Tensor, place: Tensor, classes: int, exchange: Exchange) -> Tensor:
+def _loss_and_slopes(logits: Tensor, place: Tensor, scale: Tensor, classes: int, exchange: Exchange) -> Tensor:
     """The loss of a chunk; its gradients are written over the logits."""
+    rows = rows_of(logits)
     if exchange is alone:
-        return loss_of(*rows.both(logits, place, classes), place)
+        return _loss(*rows.both(logits, place, scale, classes), place)
     total, found = rows.sums(logits, place, classes)
     whole = exchange(total)
-    rows.slopes(logits, place, whole, classes)
-    return loss_of(whole, found, place)
+    rows.slopes(logits, place, whole, scale, classes)
+    return _loss(whole, found, place)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, begun: bool) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, begun: bool) -> None:
     """Add left @ right to `total`, in whose place it comes unless that has `begun`."""
+    beta = 1 if begun else 0
     if total.dtype == left.dtype:
-        total.addmm_(left, right, beta=1 if begun else 0)
-        return
-    if left.is_cuda:
-        product = torch.mm(left, right, out_dtype=total.dtype)
+        total.addmm_(left, right, beta=beta)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        product = left.to(total.dtype) @ right.to(total.dtype)
-    total.copy_(total + product if begun else product)
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=beta)
+
+
+def made(hidden: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, scale: Tensor, chunks: Chunks,
+         wanted: list[bool], exchange: Exchange = alone) -> Made:
+    """The loss times `scale`, and the gradients that are wanted."""
+    if any(wanted):
+        loss, *gradients = forward_backward(hidden, weight, bias, place, scale, chunks, wanted, exchange)
+    else:
+        loss = forward(hidden, weight, bias, place, chunks.rows, exchange)
+        _, *gradients = empty(hidden, weight, chunks.dtype, wanted)
+    return (loss * scale, *gradients)  # type: ignore[return-value]
+
+
+def empty(hidden: Tensor, weight: Tensor, summed: torch.dtype, wanted: list[bool]) -> Made:
+    """Results of the right shapes."""
+    return (hidden.new_empty((), dtype=wide(hidden.dtype)), hidden.new_empty(hidden.shape if wanted[0] else (0,)),
+            weight.new_empty(weight.shape if wanted[1] else (0,), dtype=summed),
+            weight.new_empty(len(weight) if wanted[2] else 0, dtype=wide(weight.dtype)))
 
 
 @torch.library.custom_op("autopar::linear_cross_entropy_in_chunks", mutates_args=())
-def _op(hidden: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, at_once: int,
-        wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return made(hidden, weight, bias, place, at_once, wanted, alone)
+def _op(hidden: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, scale: Tensor, rows: int,
+        summed: torch.dtype, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return made(hidden, weight, bias, place, scale, Chunks(rows, summed), wanted)
 
 
 @_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, at_once: int,
-      wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return empty(hidden, weight, wanted)
-
-
-def made(hidden: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, at_once: int, wanted: list[bool],
-         exchange: Exchange) -> Made:
-    """The loss, and the gradients that are wanted."""
-    if any(wanted):
-        return forward_backward(hidden, weight, bias, place, at_once, wanted, exchange)
-    return (forward(hidden, weight, bias, place, at_once, exchange), *empty(hidden, weight, wanted)[1:])
-
-
-def empty(hidden: Tensor, weight: Tensor, wanted: list[bool]) -> Made:
-    """Results of the right shapes."""
-    summed = SUMMED_IN.get(weight.dtype, weight.dtype)
-    return (hidden.new_empty((), dtype=wide(hidden.dtype)), hidden.new_empty(hidden.shape if wanted[0] else (0,)),
-            weight.new_empty(weight.shape if wanted[1] else (0,), dtype=summed),
-            weight.new_empty(len(weight) if wanted[2] else 0, dtype=weight.dtype if wanted[2] else wide(weight.dtype)))
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor, scale: Tensor, rows: int,
+      summed: torch.dtype, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty(hidden, weight, summed, wanted)
 
 
 def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: Made) -> None:
@@ -174,14 +182,14 @@ def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: Made) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.set_materialize_grads(False)
     hidden, weight, *_ = inputs
-    ctx.dtypes, ctx.more = (hidden.dtype, weight.dtype, weight.dtype), len(inputs) - 3
+    ctx.dtypes, ctx.others = (hidden.dtype, weight.dtype, weight.dtype), len(inputs) - 3
 
 
 def scale_gradients(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """The kept gradients times that of the loss, a number: in fp32 at least."""
     found = [None if gradient is None or not kept.numel() else (kept.to(gradient.dtype) * gradient).to(dtype)
              for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-    return (*found, *(None,) * ctx.more)
+    return (*found, *(None,) * ctx.others)
 
 
 _op.register_autograd(scale_gradients, setup_context=keep_gradients)
@@ -194,8 +202,18 @@ def wanted_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, place: Tensor, bias: Tensor | None = None,
-                         at_once: int | None = None) -> Tensor:
-    """The loss, where all classes are here; `at_once` rows a chunk, by default as `rows_at_once` has it."""
-    rows = at_once or rows_at_once(len(hidden), len(weight))
-    loss: Tensor = _op(hidden, weight, bias, place, rows, wanted_of(hidden, weight, bias))[0]
-    return loss
+                         scale: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
+    """The loss, where all classes are here."""
+    one = torch.ones((), dtype=wide(hidden.dtype), device=hidden.device)
+    cut = chunks or chunks_for(hidden, len(weight))
+    inside, outside = scales(scale, hidden.dtype, one)
+    loss: Tensor = _op(hidden, weight, bias, place, inside, cut.rows, cut.dtype, wanted_of(hidden, weight, bias))[0]
+    return loss if outside is None else loss * outside
+
+
+def scales(scale: Tensor | None, dtype: torch.dtype, one: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What to scale by inside of the op and after it: inside, so that gradients are rounded once, but for fp16, whose
+    range an unscaled gradient fits better."""
+    if scale is None or dtype == torch.float16:
+        return one, scale
+    return scale.to(one.dtype), None

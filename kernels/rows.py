@@ -3,11 +3,12 @@
     logits (T, W), whose first C columns are classes and whose others are padding; rows contiguous, any stride
     place  (T) int64: each row's class, ELSEWHERE where it is none of these, IGNORED where the row does not count
     total, found (T), fp32 at least: the logarithm of the sum of exponentials, and the logit at `place`
+    scale (), as wide as those: what gradients are multiplied by
 
-A row's loss is total - found, its gradient exp(logits - total), less 1 at its class: in [-1, 1], zero in the padding
-and where the row does not count. The arithmetic is fp32 at least; bytes are those of one pass that reads logits and,
-for gradients, of one that writes them: the second reading of a row finds it in the cache. On GPUs a class that the
-vocabulary does not have makes its row's loss NaN, elsewhere it is refused by RuntimeError.
+A row's loss is total - found, its gradient exp(logits - total), less 1 at its class, times the scale; zero in the
+padding and where the row does not count. The arithmetic is fp32 at least; bytes are those of one pass that reads logits
+and, for gradients, of one that writes them: the second reading of a row finds it in the cache. On GPUs a class that
+the vocabulary does not have makes its row's loss NaN, elsewhere it is refused by RuntimeError.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,12 @@ ELSEWHERE, IGNORED = -1, -2
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """`sums(logits, place, classes)` gives total and found, `slopes(logits, place, total, classes)` writes the
-    gradients over the logits, and `both` does one after the other."""
+    """`sums(logits, place, classes)` gives total and found, `slopes(logits, place, total, scale, classes)` writes the
+    gradients over the logits, and `both(logits, place, scale, classes)` does one after the other."""
 
     sums: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-    slopes: Callable[[Tensor, Tensor, Tensor, int], None]
-    both: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    slopes: Callable[[Tensor, Tensor, Tensor, Tensor, int], None]
+    both: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -45,25 +46,29 @@ def reference_sums(logits: Tensor, place: Tensor, classes: int) -> tuple[Tensor,
     return torch.logsumexp(x, 1), x.gather(1, place.clamp(min=0).unsqueeze(1)).squeeze(1)
 
 
-def reference_slopes(logits: Tensor, place: Tensor, total: Tensor, classes: int) -> None:
+def reference_slopes(logits: Tensor, place: Tensor, total: Tensor, scale: Tensor, classes: int) -> None:
     """Write the gradients over the logits."""
     slope = (logits[:, :classes].to(wide(logits.dtype)) - total.unsqueeze(1)).exp_()
     slope.scatter_add_(1, place.clamp(min=0).unsqueeze(1), -(place >= 0).to(slope.dtype).unsqueeze(1))
-    logits[:, :classes] = slope.masked_fill_((place == IGNORED).unsqueeze(1), 0.0)
+    logits[:, :classes] = slope.mul_(scale).masked_fill_((place == IGNORED).unsqueeze(1), 0.0)
     logits[:, classes:] = 0.0
 
 
-def reference_both(logits: Tensor, place: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def reference_both(logits: Tensor, place: Tensor, scale: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Total and found; gradients are written over the logits."""
     total, found = reference_sums(logits, place, classes)
-    reference_slopes(logits, place, total, classes)
+    reference_slopes(logits, place, total, scale, classes)
     return total, found
 
 
 REFERENCE = Rows(reference_sums, reference_slopes, reference_both)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-if HAS_TRITON and not TYPE_CHECKING:
+if TYPE_CHECKING:  # what decorators make of functions can't be told
+    _sums_kernel: Any
+    _slopes_kernel: Any
+    _both_kernel: Any
+elif HAS_TRITON:
     import triton
     import triton.language as tl
 
@@ -94,13 +99,13 @@ if HAS_TRITON and not TYPE_CHECKING:
         return tl.where(place < CLASSES, found, float("nan"))
 
     @triton.jit
-    def _slope_row(row, place, total, CLASSES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    def _slope_row(row, place, total, scale, CLASSES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
         columns = tl.arange(0, BLOCK)
-        counts = tl.where(place == _IGNORED, 0.0, 1.0)
+        times = tl.where(place == _IGNORED, 0.0, tl.load(scale))
         for start in range(0, WIDTH, BLOCK):
             at = start + columns
             x = _load(row, at, CLASSES, WIDTH)
-            slope = (tl.exp(x - total) - tl.where(at == place, 1.0, 0.0)) * counts
+            slope = (tl.exp(x - total) - tl.where(at == place, 1.0, 0.0)) * times
             tl.store(row + at, slope.to(row.dtype.element_ty), mask=at < WIDTH)
 
     @triton.jit
@@ -112,12 +117,13 @@ if HAS_TRITON and not TYPE_CHECKING:
         tl.store(total + t, _sum_row(row, CLASSES, WIDTH, BLOCK))
 
     @triton.jit
-    def _slopes_kernel(logits, place, total, stride, CLASSES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    def _slopes_kernel(logits, place, total, scale, stride, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
+                       BLOCK: tl.constexpr):
         t = tl.program_id(0).to(tl.int64)
-        _slope_row(logits + t * stride, tl.load(place + t), tl.load(total + t), CLASSES, WIDTH, BLOCK)
+        _slope_row(logits + t * stride, tl.load(place + t), tl.load(total + t), scale, CLASSES, WIDTH, BLOCK)
 
     @triton.jit
-    def _both_kernel(logits, place, total, found, stride, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
+    def _both_kernel(logits, place, total, found, scale, stride, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
                      BLOCK: tl.constexpr):
         t = tl.program_id(0).to(tl.int64)
         row, at = logits + t * stride, tl.load(place + t)
@@ -125,7 +131,7 @@ if HAS_TRITON and not TYPE_CHECKING:
         sum_of_row = _sum_row(row, CLASSES, WIDTH, BLOCK)
         tl.store(total + t, sum_of_row)
         tl.debug_barrier()  # every thread has read the logit at the row's class before one writes there
-        _slope_row(row, at, sum_of_row, CLASSES, WIDTH, BLOCK)
+        _slope_row(row, at, sum_of_row, scale, CLASSES, WIDTH, BLOCK)
 
 
 LARGEST_BLOCK, ELEMENTS_A_THREAD = 8192, 16
@@ -150,15 +156,16 @@ def _sums(logits: Tensor, place: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return total, found
 
 
-def _slopes(logits: Tensor, place: Tensor, total: Tensor, classes: int) -> None:
+def _slopes(logits: Tensor, place: Tensor, total: Tensor, scale: Tensor, classes: int) -> None:
     width = logits.shape[1]
-    _slopes_kernel[len(logits),](logits, place, total, logits.stride(0), classes, width, **_options(width))
+    _slopes_kernel[len(logits),](logits, place, total, scale, logits.stride(0), classes, width, **_options(width))
 
 
-def _both(logits: Tensor, place: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def _both(logits: Tensor, place: Tensor, scale: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     total, found = _empty_sums(logits)
     width = logits.shape[1]
-    _both_kernel[len(logits),](logits, place, total, found, logits.stride(0), classes, width, **_options(width))
+    _both_kernel[len(logits),](logits, place, total, found, scale, logits.stride(0), classes, width,
+                               **_options(width))
     return total, found
 
 

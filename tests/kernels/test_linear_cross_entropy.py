@@ -13,11 +13,12 @@ from torch import Tensor
 
 from autopar.kernels import linear_cross_entropy as module
 from autopar.kernels.linear_cross_entropy import (
+    Chunks,
     Exchange,
+    chunks_for,
     linear_cross_entropy,
     made,
     reference,
-    rows_at_once,
 )
 from autopar.kernels.rows import ELSEWHERE, IGNORED
 
@@ -40,16 +41,22 @@ def drawn(rows: int, classes: int, dtype: torch.dtype, device: str, biased: bool
     return floats(rows, WIDTH), floats(classes, WIDTH), place.to(device), floats(classes) if biased else None
 
 
+def by(rows: int, dtype: torch.dtype = torch.float64) -> Chunks:
+    """So many rows at once, sums as `chunks_for` has them."""
+    return Chunks(rows, chunks_for(torch.empty(1, 1, dtype=dtype), 1).dtype)
+
+
 def leaves(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
     return [x for x in (hidden, weight, bias) if x is not None]
 
 
-def errors(loss: Tensor, hidden: Tensor, weight: Tensor, place: Tensor, bias: Tensor | None) -> list[float]:
-    """Of the loss and of each gradient, beside their norms in double precision."""
+def errors(loss: Tensor, hidden: Tensor, weight: Tensor, place: Tensor, bias: Tensor | None, times: float = 2.0,
+           scale: Tensor | None = None) -> list[float]:
+    """Of the loss and of the gradients of so many times it, beside their norms in double precision."""
     exact = [x.detach().double().requires_grad_() for x in leaves(hidden, weight, bias)]
-    wanted = reference(exact[0], exact[1], place, exact[2] if bias is not None else None)
-    theirs = [wanted, *torch.autograd.grad(3 * wanted, exact)]
-    mine = [loss, *torch.autograd.grad(3 * loss, leaves(hidden, weight, bias))]
+    wanted = reference(exact[0], exact[1], place, exact[2] if bias is not None else None, scale)
+    theirs = [wanted, *torch.autograd.grad(times * wanted, exact)]
+    mine = [loss, *torch.autograd.grad(times * loss, leaves(hidden, weight, bias))]
     pairs = [(m.detach().double(), t.detach()) for m, t in zip(mine, theirs, strict=True)]
     return [float((m - t).norm() / t.norm().clamp(min=1e-30)) for m, t in pairs]
 
@@ -59,7 +66,7 @@ def errors(loss: Tensor, hidden: Tensor, weight: Tensor, place: Tensor, bias: Te
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_loss_and_gradients_are_the_plain_forms(dtype: torch.dtype, biased: bool, device: str) -> None:
     hidden, weight, place, bias = drawn(300, 77, dtype, device, biased)
-    loss = linear_cross_entropy(hidden, weight, place, bias, at_once=128)
+    loss = linear_cross_entropy(hidden, weight, place, bias, None, by(128, dtype))
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
     assert max(errors(loss, hidden, weight, place, bias)) <= CLOSE[dtype]
 
@@ -68,13 +75,17 @@ def test_loss_and_gradients_are_the_plain_forms(dtype: torch.dtype, biased: bool
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 45), st.booleans(), st.sampled_from([0.0, 0.5, 1.0]))
 def test_any_shape_and_chunk(rows: int, classes: int, at_once: int, biased: bool, ignored: float) -> None:
     hidden, weight, place, bias = drawn(rows, classes, torch.float64, "cpu", biased, ignored)
-    loss = linear_cross_entropy(hidden, weight, place, bias, at_once)
+    loss = linear_cross_entropy(hidden, weight, place, bias, None, by(at_once))
     assert max(errors(loss, hidden, weight, place, bias)) <= 1e-12
 
 
 def test_gradcheck() -> None:
     hidden, weight, place, bias = drawn(9, 7, torch.float64, "cpu", True)
-    assert torch.autograd.gradcheck(lambda h, w, b: linear_cross_entropy(h, w, place, b, 4), (hidden, weight, bias))
+
+    def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return 3 * linear_cross_entropy(h, w, place, b, None, by(4))
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 
 
 def test_all_rows_ignored() -> None:
@@ -88,14 +99,14 @@ def shares(cuts: list[int], dtype: torch.dtype, device: str) -> tuple[Tensor, li
     hidden, weight, place, bias = drawn(50, cuts[-1], dtype, device, True)
     assert bias is not None
     logits = (hidden @ weight.t() + bias).detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
-    parts = []
+    parts, one = [], logits.new_ones(())
     for first, last in itertools.pairwise(cuts):
         here = (place >= first) & (place < last)
         own = (place - first).where(here, ELSEWHERE).where(place != IGNORED, IGNORED)
-        parts.append(made(hidden.detach(), weight.detach()[first:last], bias.detach()[first:last], own, 16,
-                          [True] * 3, by_chunk(logits.logsumexp(1), 16)))
+        parts.append(made(hidden.detach(), weight.detach()[first:last], bias.detach()[first:last], own, one,
+                          by(16, dtype), [True] * 3, by_chunk(logits.logsumexp(1), 16)))
     losses, of_hidden, of_weight, of_bias = zip(*parts, strict=True)
-    whole = linear_cross_entropy(hidden, weight, place, bias, 16)
+    whole = linear_cross_entropy(hidden, weight, place, bias, None, by(16, dtype))
     found = [torch.stack(losses).sum(), torch.stack(of_hidden).sum(0), torch.cat(of_weight), torch.cat(of_bias)]
     return found[0], found[1:], [whole.detach(), *torch.autograd.grad(whole, (hidden, weight, bias))]
 
@@ -126,7 +137,7 @@ def test_only_what_is_wanted_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(torch.autograd.grad(loss, x)[0], gradient)
     monkeypatch.setattr(module, "forward_backward", refused)
     with torch.no_grad():
-        quiet = linear_cross_entropy(hidden, weight, place, bias, 8)
+        quiet = linear_cross_entropy(hidden, weight, place, bias, None, by(8, torch.float32))
     assert not quiet.requires_grad
     assert float(quiet) == pytest.approx(float(reference(hidden, weight, place, bias)), rel=1e-6)
 
@@ -146,7 +157,7 @@ def test_it_may_be_used_twice_and_gone_back_through_again() -> None:
 
 def test_it_stays_one_op_and_compiles() -> None:
     hidden, weight, place, bias = drawn(20, 9, torch.float32, "cpu", True)
-    torch.library.opcheck(module._op, (hidden, weight, bias, place, 8, [True] * 3))
+    torch.library.opcheck(module._op, (hidden, weight, bias, place, torch.ones(()), 8, torch.float32, [True] * 3))
 
     def loss(h: Tensor, w: Tensor) -> Tensor:
         return linear_cross_entropy(h, w, place) / 7
@@ -157,10 +168,30 @@ def test_it_stays_one_op_and_compiles() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_a_scale_is_as_if_the_loss_were_multiplied(dtype: torch.dtype, device: str) -> None:
+    hidden, weight, place, bias = drawn(100, 31, dtype, device, True)
+    scale = torch.tensor(1 / 83, dtype=torch.float64, device=device)
+    loss = linear_cross_entropy(hidden, weight, place, bias, scale, by(32, dtype))
+    assert max(errors(loss / scale, hidden, weight, place, bias)) <= CLOSE[dtype]
+
+
+def test_16_bit_gradients_summed_in_32_are_as_exact_as_the_plain_forms() -> None:
+    hidden, weight, place, _ = drawn(1024, 300, torch.bfloat16, "cpu", False)
+    scale = torch.tensor(1 / 3)
+    mine = linear_cross_entropy(hidden, weight, place, None, scale, Chunks(128, torch.float32))
+    coarse = linear_cross_entropy(hidden, weight, place, None, scale, Chunks(128, torch.bfloat16))
+    plain = errors(reference(hidden, weight, place), hidden, weight, place, None)
+    exact, rough = (errors(loss, hidden, weight, place, None, 1.0, scale) for loss in (mine, coarse))
+    assert all(m <= 1.1 * p + 1e-6 for m, p in zip(exact, plain, strict=True)), (exact, plain)
+    assert exact[2] < rough[2] <= 3 * plain[2]
+
+
 @pytest.mark.parametrize(("rows", "classes", "at_once"), [
-    (8192, 50304, 1024), (32768, 50304, 4096), (8192, 6288, 5376), (100, 96, 100), (5000, 256000, 640)])
+    (8192, 50304, 1024), (32768, 50304, 4096), (8192, 6288, 5376), (100, 96, 100), (5000, 256000, 640), (0, 8, 1)])
 def test_rows_of_a_chunk(rows: int, classes: int, at_once: int) -> None:
-    assert rows_at_once(rows, classes) == at_once
+    assert chunks_for(torch.empty(rows, 4, device="meta"), classes).rows == at_once
 
 
 @pytest.mark.gpu

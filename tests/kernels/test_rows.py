@@ -38,12 +38,13 @@ def test_kernels_do_what_their_plain_forms_do(classes: int, width: int, block: i
     monkeypatch.setattr(rows, "LARGEST_BLOCK", max(32, 1 << (block - 1).bit_length()))
     logits, place = made(classes, width, dtype)
     wanted = logits.clone()
-    total, found = REFERENCE.both(wanted, place, classes)
+    scale = torch.tensor(0.5, device=DEVICE)
+    total, found = REFERENCE.both(wanted, place, scale, classes)
     at_once, apart = logits.clone(), logits.clone()
     sums = TRITON.sums(apart, place, classes)
     assert torch.equal(apart, logits)
-    TRITON.slopes(apart, place, sums[0], classes)
-    for mine in (sums, TRITON.both(at_once, place, classes)):
+    TRITON.slopes(apart, place, sums[0], scale, classes)
+    for mine in (sums, TRITON.both(at_once, place, scale, classes)):
         torch.testing.assert_close(mine[0], total, rtol=2e-6, atol=2e-6)
         assert torch.equal(mine[1][place >= 0], found[place >= 0])
     for slopes in (apart, at_once):
@@ -55,12 +56,12 @@ def test_kernels_do_what_their_plain_forms_do(classes: int, width: int, block: i
 def test_a_class_that_there_is_not_gives_no_number() -> None:
     logits, place = made(57, 64, torch.float32)
     place[7] = 57
-    assert TRITON.both(logits, place, 57)[1].isnan().nonzero().tolist() == [[7]]
+    assert TRITON.both(logits, place, torch.ones((), device=DEVICE), 57)[1].isnan().nonzero().tolist() == [[7]]
 
 
 def test_the_plain_form_refuses_a_class_that_there_is_not() -> None:
     with pytest.raises(RuntimeError, match="out of bounds"):
-        REFERENCE.both(torch.zeros(2, 8), torch.tensor([0, 8]), 8)
+        REFERENCE.both(torch.zeros(2, 8), torch.tensor([0, 8]), torch.ones(()), 8)
 
 
 def test_rows_hidden_altogether_but_for_one_class() -> None:
@@ -68,7 +69,8 @@ def test_rows_hidden_altogether_but_for_one_class() -> None:
     for each in [REFERENCE, *([TRITON] if not runs.args[0] else [])]:
         logits = torch.full((2, 256), -torch.inf, device=DEVICE)
         logits[:, 200] = 3.0
-        total, found = each.both(logits, torch.tensor([200, ELSEWHERE], device=DEVICE), 256)
+        total, found = each.both(logits, torch.tensor([200, ELSEWHERE], device=DEVICE),
+                                 torch.ones((), device=DEVICE), 256)
         assert total.tolist() == [3.0, 3.0] and found[0] == 3.0
         assert logits[0].count_nonzero() == 0 and logits[1, 200] == 1.0 and logits[1].sum() == 1.0
 
