@@ -20,9 +20,10 @@ from autopar.core.mesh import Mesh
 from autopar.core.sharding import Instance, Priced, Solution
 from autopar.passes.capture import KEPT, Program, Stored
 from autopar.passes.constants import FoldConstants
-from autopar.passes.costs import Optimizer, optimizer_called
+from autopar.passes.costs import Optimizer, optimizer_called, slowest
 from autopar.passes.decision import Context, Decision, context
 from autopar.passes.functional import is_update
+from autopar.passes.heads import ChunkHeads, worth
 from autopar.passes.modes import Mode, mode_called
 from autopar.passes.normalize import Normalize
 from autopar.passes.notation import op_text, parameter_text
@@ -77,9 +78,11 @@ class Request:
         return optimizer_called(self.optimizer)
 
 
-def prepare(program: Program) -> Context:
-    """Run every pass up to the sharding problem."""
+def prepare(program: Program, cluster: Cluster | None = None) -> Context:
+    """Run every pass up to the sharding problem; what depends on where a program runs is as on `cluster`."""
     folded = FoldConstants()(Normalize()(KEPT[program.returns](program)))
+    if cluster is not None and worth(folded, slowest(cluster.devices), cluster.size):
+        folded = ChunkHeads()(folded)
     return context(annotate(folded))
 
 
@@ -266,9 +269,9 @@ def setting_of(plan: Plan, cluster: Cluster) -> Setting:
     return Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh)
 
 
-def annotated(program: Program | Context) -> Context:
+def annotated(program: Program | Context, cluster: Cluster) -> Context:
     """A captured program, ready to be planned; one that is already stays as it is."""
-    return prepare(program) if isinstance(program, Program) else program
+    return prepare(program, cluster) if isinstance(program, Program) else program
 
 
 def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[float, float]:
@@ -276,7 +279,7 @@ def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[fl
 
     Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
     """
-    ctx = annotated(program)
+    ctx = annotated(program, cluster)
     check_origin(plan, ctx, cluster)
     setting = setting_of(plan, cluster)
     priced, memory = price_lowered(decision_of(plan, ctx), setting)

@@ -29,16 +29,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from autopar.core.chunks import rows_at_once
 from autopar.kernels.rows import IGNORED, rows_of, wide
 
 Exchange = Callable[[Tensor], Tensor]
 """The logarithms of sums (t) over this rank's classes -> those over all."""
 Made = tuple[Tensor, Tensor, Tensor, Tensor]
 """The loss and the gradients of hidden, weight and bias; empty where they aren't wanted."""
-CHUNKS = 8
-LEAST_ELEMENTS = 2**25
-"""A chunk of logits has no fewer elements, 64 MiB in 16 bits: few classes go in fewer chunks."""
-ROWS_ALIGNED, CLASSES_ALIGNED = 128, 64
+CLASSES_ALIGNED = 64
 NARROWEST = 8
 """The matmul library's quick kernels want 16-bit rows that are a multiple of so many."""
 
@@ -52,11 +50,8 @@ class Chunks:
 
 
 def chunks_for(hidden: Tensor, classes: int) -> Chunks:
-    """A `CHUNKS`th of the rows, or more where classes are few. Sums over rows before they are scaled may exceed fp16.
-    """
-    least = max(-(-len(hidden) // CHUNKS), LEAST_ELEMENTS // classes, 1)
-    rows = min(len(hidden), -(-least // ROWS_ALIGNED) * ROWS_ALIGNED)
-    return Chunks(max(1, rows), torch.float32 if hidden.dtype == torch.float16 else hidden.dtype)
+    """What suits so many rows and classes. Sums over rows before they are scaled may exceed fp16."""
+    return Chunks(rows_at_once(len(hidden), classes), torch.float32 if hidden.dtype == torch.float16 else hidden.dtype)
 
 
 def reference(hidden: Tensor, weight: Tensor, place: Tensor, bias: Tensor | None = None,
