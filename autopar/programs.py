@@ -16,7 +16,7 @@ from autopar import launch
 from autopar.codegen.batches import Batches, BatchKind, Plans
 from autopar.codegen.calls import form_of
 from autopar.codegen.communicator import Axes, Communicator, connect
-from autopar.codegen.compiled import COMPILERS, Compiler
+from autopar.codegen.compiled import COMPILERS, RECORDS, Compiler
 from autopar.codegen.control import all_equal
 from autopar.codegen.executable import Executable, batch_spec, build
 from autopar.codegen.lower import Target
@@ -70,7 +70,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     programs = together(lambda: Programs(_twin(model), call, order))
     made, ctx = programs.first(model.training)
     mesh = Mesh(made.mesh)
-    site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device())
+    site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device(), RECORDS[order.compiler])
     decision = decision_of(made, ctx)
     programs.settle(decision, site.communicator)
     ways = _ways(decision, order.batch)
@@ -173,7 +173,7 @@ class Programs:
         assert self._communicator is not None
         price = self._order.cluster.pricer(decision.mesh)
         lowered = build(Target(decision, self._communicator, price, launch.device(), input_specs(decision, axes),
-                               self._order.draws))
+                               self._order.draws, "outside"))
         return COMPILERS[self._order.compiler](lowered)
 
 

@@ -143,10 +143,11 @@ def _arguments(call: Call, decision: Decision) -> list[Tensor]:
 def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
-        names = {n.name for n in decision.context.gradients}
-        nbytes = sum(_nbytes(shapes.env[n]) for n in node.all_input_nodes if n.name in names)
-        count = sum(n.name in names for n in node.all_input_nodes)
-        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, count * tally.share)
+        gathered = {n.name: decision.mesh.extent(s.gathered) for n, s in decision.storage.items()
+                    if n in decision.context.gradients}
+        trained = [n for n in node.all_input_nodes if n.name in gathered]
+        nbytes = sum(_nbytes(shapes.env[n]) / gathered[n.name] for n in trained)
+        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, len(trained) * tally.share)
         return
     assert isinstance(module, Reshard)
     _, differentiable = node.meta["reshard"]
