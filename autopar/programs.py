@@ -231,7 +231,7 @@ def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
                            f"{cluster} ({cluster.key()}); plan again for this one")
     if plan.program_key != key:
         raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {key} of "
-                           f"{order.request.model}; the model or the shapes of its inputs differ: plan again")
+                           f"{order.request.model}; the model, the shapes of its inputs or head= differ: plan again")
 
 
 def input_specs(decision: Decision, axes: Axes) -> dict[fx.Node, Spec]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from autopar.api import arguments
 from autopar.core.cluster import Cluster
+from autopar.explanation import explain
 from autopar.passes.capture import Program, capture
 from autopar.passes.heads import ChunkHeads, heads_of, pays
 from autopar.planner import Request, prepare, program_key, solve, verify
@@ -118,7 +119,10 @@ def test_the_word_decides_and_the_plan_names_the_op_and_is_verified() -> None:
     ctx = prepare(asked("chunked"), cluster)
     plan, _ = solve(ctx, cluster, Request("gpt2", "auto"))
     assert "linear_cross_entropy" in {op.name for op in plan.ops}
-    assert verify(plan, asked("chunked"), cluster)[0] == pytest.approx(plan.step_time_s)
+    for head in keys:
+        assert verify(plan, asked(head), cluster)[0] == pytest.approx(plan.step_time_s)
+    explained = explain(plan, asked("auto"), cluster, "linear_cross_entropy")
+    assert explained.planned.seconds == pytest.approx(plan.step_time_s)
 
 
 def test_saved_bytes_are_gradients_in_place_of_logits() -> None:
