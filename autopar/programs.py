@@ -32,7 +32,7 @@ from autopar.hush import hushed
 from autopar.material import Material
 from autopar.passes.additive import additive
 from autopar.passes.blame import blame
-from autopar.passes.capture import Precision, Returns, Stored, capture, meta_twin
+from autopar.passes.capture import Head, Precision, Returns, Stored, capture, meta_twin
 from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
 from autopar.passes.rules.nodes import attention_dropout
@@ -62,6 +62,7 @@ class Order:
     material: Material
     stored: Stored = "by factor"
     draws: Draws = "by element"
+    head: Head = "auto"
 
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
@@ -145,7 +146,8 @@ class Programs:
             model = self._twin.train(training)
             with hushed():
                 program = capture(model, call, self._order.precision, self._order.loss_fn, self._order.returns)
-            return checked(prepare(replace(program, stored=self._order.stored)))
+            program = replace(program, stored=self._order.stored, head=self._order.head)
+            return checked(prepare(program, self._order.cluster))
         return together(annotated)
 
     def _decision(self, training: bool, call: Call) -> Decision:
@@ -229,7 +231,7 @@ def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
                            f"{cluster} ({cluster.key()}); plan again for this one")
     if plan.program_key != key:
         raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {key} of "
-                           f"{order.request.model}; the model or the shapes of its inputs differ: plan again")
+                           f"{order.request.model}; the model, the shapes of its inputs or head= differ: plan again")
 
 
 def input_specs(decision: Decision, axes: Axes) -> dict[fx.Node, Spec]:

@@ -194,8 +194,9 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decisio
     tally.forward.work += work.forward_seconds(device) + talk[0]
     tally.backward.work += work.backward_seconds(device) + talk[1] if through else 0.0
     made_here = zip(op.results, results, strict=True)
-    tally.working = max(tally.working, nbytes)
+    tally.working = max(tally.working, nbytes + work.beside.room)
     tally.saved += sum(_nbytes(t) for r, t in made_here if r.node in decision.context.gradients)
+    tally.saved += work.beside.kept if through else 0.0
 
 
 def _tensors(node: fx.Node) -> Iterable[fx.Node]:
