@@ -12,6 +12,7 @@ tensor, so `torch.compile` can trace, reorder and plan memory around them.
 - `TorchDispatchMode` is documented as a way to see every op, and has no public name; the same in both versions.
 - `StorageWeakRef` tells storages apart for as long as it lives, which `data_ptr()` can't for those on meta; the same in
   both versions.
+- `_new_with_weak_ptr` gives back a storage of which only such a reference is held; the same in both versions.
 - Importing `_functional_collectives` registers the ops' fake kernels; neither version does so with
   `torch.distributed`, and tracing without them fails.
 - Fused attention's ops are called by their own names: `scaled_dot_product_attention` keeps their random state to
@@ -84,6 +85,12 @@ def only_if(here: bool, x: Tensor) -> Tensor:
 def _wait(x: Any) -> Tensor:
     finished: Tensor = _OPS.wait_tensor(x)
     return finished
+
+
+def storage_bytes(reference: StorageWeakRef) -> int:
+    """The bytes of a storage, 0 where it is gone."""
+    storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+    return 0 if storage is None else storage.nbytes()
 
 
 def spec_of(tensor: DTensor) -> Any:
