@@ -33,6 +33,9 @@ from where import spent
 import autopar
 from autopar.codegen.live import Live
 from autopar.core.cluster import Cluster
+from autopar.plan import Plan
+from autopar.planned import Seconds
+from autopar.planner import price_lowered, setting_of
 
 WARMUP, FEWEST, MOST, ENOUGH_S = 4, 4, 15, 3.0
 """Steps that don't count; steps that do, as many as last so long."""
@@ -109,7 +112,7 @@ def ready(work: Work, mode: str, arguments: argparse.Namespace, cluster: Cluster
     call = {"inputs": tuple(inputs.values()), "loss_fn": nn.functional.cross_entropy} if work.seq is None else {
         "inputs": inputs}
     made = autopar.compile(model, cluster, batch="local", mode=mode, compiler=arguments.compiler,
-                           precision=arguments.precision, **call)
+                           precision=arguments.precision, costs=arguments.costs, **call)
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-4, fused=True)
     return Running(made, optimizer, tuple(batch.values()) if work.seq is None else batch)
 
@@ -195,10 +198,38 @@ def row(name: str, arguments: argparse.Namespace, cluster: Cluster, device: torc
     found = measured(running, device)
     if dist.get_rank() == 0:
         plan.save(arguments.out / f"plan-{arguments.links}-{name.replace('/', '_').replace(':', '-')}.json")
+    return {"mesh": "x".join(map(str, plan.mesh)), "status": plan.status, "measured": found,
+            "predicted": predicted(plan), "roofline": predicted(by_roofline(plan, running, cluster)),
+            "took_s": time.perf_counter() - start}
+
+
+def predicted(plan: Plan) -> dict[str, Any]:
+    """What a plan claims."""
     parts = {part: getattr(plan, f"{part}_s") for part in ("compute", "inline", "exposed", "optimizer")}
-    return {"mesh": "x".join(map(str, plan.mesh)), "status": plan.status, "measured": found, "predicted": {
-        "step_s": plan.step_time_s, **parts, "bytes": plan.memory_bytes, "peak_bytes": plan.memory_bytes["peak"]},
-        "took_s": time.perf_counter() - start}
+    return {"step_s": plan.step_time_s, **parts, "bytes": plan.memory_bytes, "peak_bytes": plan.memory_bytes["peak"],
+            "observed": [dataclasses.asdict(each) for each in plan.observed]}
+
+
+def measured_or_not(name: str, arguments: argparse.Namespace, cluster: Cluster, device: torch.device) -> dict[str, Any]:
+    """The row of a job; where segments can't be measured, that is told in it and the roofline's plan is run."""
+    try:
+        return row(name, arguments, cluster, device)
+    except Exception as error:
+        if arguments.costs == "roofline":
+            raise
+        told = f"{type(error).__name__}: {str(error)[:400]}"
+        say(f"{name}: costs by the roofline, as this failed: {told}")
+        plain = argparse.Namespace(**{**vars(arguments), "costs": "roofline"})
+        return {**row(name, plain, cluster, device), "unmeasured": told}
+
+
+def by_roofline(plan: Plan, running: Running, cluster: Cluster) -> Plan:
+    """The same plan as it would be priced if nothing of it had been measured."""
+    plain = dataclasses.replace(plan, observed=())
+    executable = next(iter(running.model._batches.known.values()))
+    priced = price_lowered(executable.decision, setting_of(plain, cluster))[0]
+    return dataclasses.replace(plain, seconds=Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed,
+                                                      priced.optimizer))
 
 
 def known(path: Path) -> set[str]:
@@ -215,7 +246,7 @@ def run(name: str, arguments: argparse.Namespace, cluster: Cluster, device: torc
             "ranks": dist.get_world_size(), "use": "fit" if name.rpartition(":")[0] in FITTING else "claim",
             "device": where, "torch": torch.__version__, "compiler": arguments.compiler, "command": " ".join(sys.argv)}
     try:
-        found = row(name, arguments, cluster, device)
+        found = measured_or_not(name, arguments, cluster, device)
         say(f"{name} {arguments.links}, mesh {found['mesh']}: predicted {1e3 * found['predicted']['step_s']:.1f} ms, "
             f"measured {1e3 * statistics.median(found['measured']['steps_s']):.1f} ms, host "
             f"{1e3 * found['measured']['host_s']:.1f}; predicted {found['predicted']['peak_bytes'] / 2**30:.2f} GiB, "
@@ -283,6 +314,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=450.0, help="begin no job after so many")
     parser.add_argument("--cluster", help="a preset or a file, in place of what is measured")
     parser.add_argument("--compiler", choices=("inductor", "eager"))
+    parser.add_argument("--costs", choices=("measured", "roofline"))
     parser.add_argument("--precision", default="bf16-mixed")
     arguments = parser.parse_args(words)
     for job in arguments.jobs:

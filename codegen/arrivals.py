@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from autopar.codegen.communicator import Axes
+from autopar.codegen.executable import batch_spec
 from autopar.codegen.lower import Lowered
+from autopar.codegen.offers import batched
 from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
@@ -31,6 +34,14 @@ class Arrival:
 def arrivals(lowered: Lowered, decision: Decision, inputs: Mapping[fx.Node, Spec]) -> tuple[Arrival, ...]:
     """The externals of `lowered` in order; `inputs` are the specs of those of the program's inputs that come cut."""
     return tuple(_arrival(node, decision, inputs) for node in lowered.segment.externals)
+
+
+def input_specs(decision: Decision, axes: Axes) -> dict[fx.Node, Spec]:
+    """Every input that has the samples, cut along them over `axes`."""
+    placeholders = decision.context.segmented.factored.program.placeholders("input")
+    samples = batched(placeholders)
+    cut = [n for n, shape in zip(placeholders, samples.shapes, strict=True) if samples.has(shape)]
+    return {n: batch_spec(decision.context.rank(n), axes) for n in cut} if axes else {}
 
 
 def _arrival(node: fx.Node, decision: Decision, inputs: Mapping[fx.Node, Spec]) -> Arrival:

@@ -96,7 +96,7 @@ def _backward(results: list[Tensor], live: Live, held: int) -> int:
     results.clear()
     ends.clear()
     live.restart()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return live.peak - held
 
 

@@ -5,7 +5,8 @@ tensor, so `torch.compile` can trace, reorder and plan memory around them.
 
 - The ops are called rather than the wrappers in `_functional_collectives`: the wrappers return a lazily waiting
   tensor subclass in eager mode, and 2.13 renames them (`all_gather_tensor` to `all_gather_single`, the old name warns).
-- A group goes in by name, and one without a name connects to nobody (`stand_in`): 2.11 declares the argument `str`, 2.13 takes a name or a ProcessGroup.
+- A group goes in by name: 2.11 declares the argument `str`, 2.13 takes a name or a ProcessGroup. One without a name
+  connects to nobody: `stand_in` takes its place.
 - The ops bring gradient formulas of their own in both versions. They know nothing of partial gradients, so callers
   wrap every use in an autograd function.
 - `_are_we_tracing` is the one test that sees Dynamo, export and a bare AOTAutograd alike; the same in both versions.

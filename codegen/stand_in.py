@@ -1,7 +1,7 @@
 """What stands for a collective where a program runs on one rank without the others: it sends nothing.
 
-The result has the right shape, its contents mean nothing; to compilers the op is opaque as a collective is, so that what
-is sent is still made and what is received is still read. Programs lowered for `executable.offline` come here.
+The result has the right shape, its contents mean nothing; to compilers the op is opaque as a collective is, so that
+what is sent is still made and what is received is still read. Programs lowered for `executable.offline` come here.
 """
 
 from __future__ import annotations
