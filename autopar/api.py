@@ -28,6 +28,7 @@ from autopar.passes.modes import MODES
 from autopar.plain import check_plain
 from autopar.plan import Plan
 from autopar.planner import Request, check_shapes, prepare
+from autopar.profiling import Costs
 from autopar.programs import Call, LossFn, Order, candidates, compiled, solve_best
 from autopar.ranks import check_alike, together
 from autopar.solver.model import SOLVERS
@@ -79,7 +80,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
             returns: Returns = "loss", pins: Mapping[str, str] | None = None, compiler: Compiler | None = None,
             init: str | os.PathLike[str] | None = None, keep_shapes: bool = False,
-            exact_dropout: bool | None = None, head: Head = "auto") -> nn.Module:
+            exact_dropout: bool | None = None, head: Head = "auto", costs: Costs | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
@@ -94,7 +95,9 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     that was built under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a
     folder of them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all
     dropout draws the same mask under every plan; without it, the default on GPUs, that inside of attention is left to
-    the fused kernel, which is faster and draws another on each rank. All else is as in `autopar.plan`. Raises
+    the fused kernel, which is faster and draws another on each rank. `costs` is what computing is taken to
+    last: "measured", the default on GPUs, runs each segment that a plan would run once and plans again with that,
+    "roofline" goes by the cluster's figures. All else is as in `autopar.plan`. Raises
     AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None, Material]:
@@ -102,6 +105,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             one_of("batch", batch, get_args(BatchKind))
         if compiler is not None:
             one_of("compiler", compiler, COMPILERS)
+        if costs is not None:
+            one_of("costs", costs, get_args(Costs))
         decided = [name for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins)) if value]
         if plan is not None and decided:
             raise AutoparError(f"a plan is given, which decides all, and {', '.join(decided)}, which are for making "
@@ -122,7 +127,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
         return Order(place, request, precision, loss_fn, read, batch, returns,
                      compiler_for(launch.device(), compiler), material, STORED[bool(keep_shapes)],
-                     "by element" if exact_dropout or launch.device().type == "cpu" else "by kernel", head)
+                     "by element" if exact_dropout or launch.device().type == "cpu" else "by kernel", head,
+                     costs or ("measured" if launch.device().type == "cuda" else "roofline"))
 
     request, call, material = together(asked)  # by each rank alone where they have not met yet
     launch.init()
@@ -137,7 +143,8 @@ def _told(model: nn.Module, order: Order) -> dict[str, str]:
     asked = order.request
     words = {"the model": type(model).__name__, "mode": asked.mode, "mesh": asked.mesh, "optimizer": asked.optimizer,
              "precision": order.precision, "returns": order.returns, "batch": order.batch, "compiler": order.compiler,
-             "the loss_fn": "absent" if order.loss_fn is None else "given", "the stored shape": order.stored}
+             "the loss_fn": "absent" if order.loss_fn is None else "given", "the stored shape": order.stored,
+             "costs": order.costs}
     parameters = {f"parameter {name}": f"{tuple(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'},"
                   for name, p in model.named_parameters()}
     return {word: str(value) for word, value in words.items()} | parameters

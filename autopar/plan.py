@@ -13,6 +13,7 @@ from typing import Any
 
 from autopar.core.errors import AutoparError
 from autopar.core.files import entries, entry, typed, write_whole
+from autopar.core.observed import Observed, observed_from_json
 from autopar.core.presets import MOST_DEVICES
 from autopar.core.reading import check_path, read_as
 from autopar.difference import Difference, changes
@@ -30,7 +31,10 @@ GIB = 2.0**30
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A decision with its claims. `gap` is the fraction by which it may miss the optimum of its mode and mesh."""
+    """A decision with its claims. `gap` is the fraction by which it may miss the optimum of its mode and mesh.
+
+    `observed` is what was measured of its segments, none where seconds are the roofline's.
+    """
 
     model: str
     program_key: str
@@ -53,6 +57,7 @@ class Plan:
     solve_s: float
     workload: Workload
     peak_flops_per_s: float
+    observed: tuple[Observed, ...] = ()
 
     def __post_init__(self) -> None:
         check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
@@ -141,7 +146,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain lists and numbers; the keys are attributes."""
-        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)] for name in ("ops", "parameters")}
+        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)]
+                for name in ("ops", "parameters", "observed")}
         told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops")}
         plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **told, **rows}))
         return plain
@@ -159,10 +165,11 @@ class Plan:
         parameters = tuple(PlannedParameter(*(entry(p, name, str) for name in ("name", "storage", "spec")))
                            for p in entries(data, "parameters", dict))
         seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
+        observed = tuple(map(observed_from_json, entries(data, "observed", dict) if "observed" in data else ()))
         held = entry(data, "memory_bytes", dict)
         memory = Bytes(*(entry(held, f.name, float) for f in dataclasses.fields(Bytes)))
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
-                   ops=ops, parameters=parameters, fallback_ops=entries(data, "fallback_ops", str))
+                   ops=ops, parameters=parameters, observed=observed, fallback_ops=entries(data, "fallback_ops", str))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""

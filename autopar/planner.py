@@ -17,6 +17,7 @@ from autopar.codegen.reprice import Memory, reprice
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
+from autopar.core.observed import Observed, factors_of
 from autopar.core.sharding import Instance, Priced, Solution
 from autopar.passes.capture import KEPT, Program, Stored
 from autopar.passes.constants import FoldConstants
@@ -51,7 +52,7 @@ Report = Callable[[str], None]
 class Request:
     """What is asked for. `mesh` None searches shapes; `memory_budget` in bytes, None: the device less a reserve.
 
-    `pins` fix ops to strategies, as texts of a plan.
+    `pins` fix ops to strategies, as texts of a plan; `observed` is what was measured of segments.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Request:
     memory_budget: float | None = None
     solver: str = "cbc"
     pins: Pins = ()
+    observed: tuple[Observed, ...] = ()
 
     def setting(self, cluster: Cluster, shape: tuple[int, ...], pinned: dict[str, Storage] | None = None) -> Setting:
         """The setting on one mesh shape. Raises AutoparError for unknown words or a mesh of another size."""
@@ -70,7 +72,8 @@ class Request:
         budget = self.memory_budget
         if budget is None:
             budget = (1 - RESERVE) * min(device.memory_bytes for device in cluster.devices)
-        return Setting(Mesh(shape), cluster, mode_called(self.mode), self.resolved_optimizer, budget, pinned or {})
+        return Setting(Mesh(shape), cluster, mode_called(self.mode), self.resolved_optimizer, budget, pinned or {},
+                       factors=factors_of(self.observed))
 
     @property
     def resolved_optimizer(self) -> Optimizer:
@@ -160,7 +163,7 @@ def _plan(solution: Solution, problem: Problem, request: Request, spent: float) 
         Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient),
         planned_ops(decision), planned_parameters(decision), ", ".join(notes), fallback_ops(ctx),
         len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
-        peak_flops_per_s(setting.cluster, program.precision))
+        peak_flops_per_s(setting.cluster, program.precision), request.observed)
 
 
 def status_of(gap: float) -> str:
@@ -270,7 +273,8 @@ def check_origin(plan: Plan, ctx: Context, cluster: Cluster) -> None:
 
 def setting_of(plan: Plan, cluster: Cluster) -> Setting:
     """The setting a plan was made for, with the budget that a device has by default."""
-    return Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh)
+    asked = Request(plan.model, plan.mode, plan.mesh, plan.optimizer, observed=plan.observed)
+    return asked.setting(cluster, plan.mesh)
 
 
 def annotated(program: Program | Context, plan: Plan) -> Context:

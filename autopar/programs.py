@@ -13,21 +13,22 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopar import launch
+from autopar.codegen.arrivals import input_specs
 from autopar.codegen.batches import Batches, BatchKind, Plans
 from autopar.codegen.calls import form_of
 from autopar.codegen.communicator import Axes, Communicator, connect
 from autopar.codegen.compiled import COMPILERS, RECORDS, Compiler
 from autopar.codegen.control import all_equal
-from autopar.codegen.executable import Executable, batch_spec, build
+from autopar.codegen.executable import Executable, build
 from autopar.codegen.lower import Target
-from autopar.codegen.offers import batched, grown_to
+from autopar.codegen.offers import grown_to
 from autopar.codegen.parameters import device_mesh
 from autopar.codegen.runtime import ParallelModule, Site
 from autopar.codegen.site import Draws
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, CaptureError
 from autopar.core.mesh import Mesh
-from autopar.core.spec import Spec
+from autopar.core.observed import Observed
 from autopar.hush import hushed
 from autopar.material import Material
 from autopar.passes.additive import additive
@@ -37,8 +38,9 @@ from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
 from autopar.passes.rules.nodes import attention_dropout
 from autopar.plan import Plan
-from autopar.plan_cache import solve_or_recall
+from autopar.plan_cache import kept_in, solve_or_recall
 from autopar.planner import Report, Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
+from autopar.profiling import Bench, Costs, profiled
 from autopar.ranks import on_rank_zero, together
 
 log = logging.getLogger("autopar")
@@ -63,6 +65,7 @@ class Order:
     stored: Stored = "by factor"
     draws: Draws = "by element"
     head: Head = "auto"
+    costs: Costs = "roofline"
 
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
@@ -127,12 +130,25 @@ class Programs:
 
         def make() -> str:
             found = order.plan or solve_best(programs, order.cluster, order.request, log.info)
-            return json.dumps(found.to_json())
+            return json.dumps({"given": order.plan is not None, "plan": found.to_json()})
 
-        found = Plan.from_json(json.loads(on_rank_zero(make)))
+        told = json.loads(on_rank_zero(make))
+        found = Plan.from_json(told["plan"])
         chosen, self._call = programs.get(found.program_key, programs[asked])
         together(lambda: check_fits(found, chosen, order))
+        if order.costs == "measured" and not told["given"]:
+            bench = Bench(order.cluster, launch.device(), order.compiler, order.draws, kept_in("segments"))
+            found = profiled(found, chosen, bench, lambda observed: self._again(chosen, observed))
         return found, chosen
+
+    def _again(self, ctx: Context, observed: tuple[Observed, ...]) -> Plan:
+        """Rank 0's plan given what was measured of segments; collective."""
+        request = replace(self._order.request, observed=observed)
+
+        def make() -> str:
+            return json.dumps(solve_or_recall(ctx, self._order.cluster, request, log.info).to_json())
+
+        return Plan.from_json(json.loads(on_rank_zero(make)))
 
     def settle(self, decision: Decision, communicator: Communicator) -> None:
         """Take the decision that was made first; parameters rest as it has them."""
@@ -232,11 +248,3 @@ def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
     if plan.program_key != key:
         raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {key} of "
                            f"{order.request.model}; the model, the shapes of its inputs or head= differ: plan again")
-
-
-def input_specs(decision: Decision, axes: Axes) -> dict[fx.Node, Spec]:
-    """Every input that has the samples, cut along them over `axes`."""
-    placeholders = decision.context.segmented.factored.program.placeholders("input")
-    samples = batched(placeholders)
-    cut = [n for n, shape in zip(placeholders, samples.shapes, strict=True) if samples.has(shape)]
-    return {n: batch_spec(decision.context.rank(n), axes) for n in cut} if axes else {}

@@ -5,13 +5,15 @@ tensor, so `torch.compile` can trace, reorder and plan memory around them.
 
 - The ops are called rather than the wrappers in `_functional_collectives`: the wrappers return a lazily waiting
   tensor subclass in eager mode, and 2.13 renames them (`all_gather_tensor` to `all_gather_single`, the old name warns).
-- A group goes in by name: 2.11 declares the argument `str`, 2.13 takes a name or a ProcessGroup.
+- A group goes in by name: 2.11 declares the argument `str`, 2.13 takes a name or a ProcessGroup. One without a name
+  connects to nobody: `stand_in` takes its place.
 - The ops bring gradient formulas of their own in both versions. They know nothing of partial gradients, so callers
   wrap every use in an autograd function.
 - `_are_we_tracing` is the one test that sees Dynamo, export and a bare AOTAutograd alike; the same in both versions.
 - `TorchDispatchMode` is documented as a way to see every op, and has no public name; the same in both versions.
 - `StorageWeakRef` tells storages apart for as long as it lives, which `data_ptr()` can't for those on meta; the same in
   both versions.
+- `_new_with_weak_ptr` gives back a storage of which only such a reference is held; the same in both versions.
 - Importing `_functional_collectives` registers the ops' fake kernels; neither version does so with
   `torch.distributed`, and tracing without them fails.
 - Fused attention's ops are called by their own names: `scaled_dot_product_attention` keeps their random state to
@@ -37,6 +39,8 @@ from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
+from autopar.codegen.stand_in import received
+
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _OPS = torch.ops._c10d_functional
 _ATEN = torch.ops.aten
@@ -44,21 +48,27 @@ _ATEN = torch.ops.aten
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum of `x` over the ranks of `group`, in the shape of `x`."""
-    return _wait(_OPS.all_reduce(x, "sum", group))
+    return _wait(_OPS.all_reduce(x, "sum", group)) if group else received(x, x.shape)
 
 
 def all_gather(x: Tensor, ranks: int, group: str) -> Tensor:
     """The contiguous `x` of every rank, concatenated on dim 0 in rank order: (n, …) to (ranks * n, …)."""
+    if not group:
+        return received(x, (ranks * x.shape[0], *x.shape[1:]))
     return _wait(_OPS.all_gather_into_tensor(x, ranks, group))
 
 
 def reduce_scatter(x: Tensor, ranks: int, group: str) -> Tensor:
     """This rank's part on dim 0 of the sum of the contiguous `x`: (ranks * n, …) to (n, …)."""
+    if not group:
+        return received(x, (x.shape[0] // ranks, *x.shape[1:]))
     return _wait(_OPS.reduce_scatter_tensor(x, "sum", ranks, group))
 
 
 def all_to_all(x: Tensor, ranks: int, group: str) -> Tensor:
     """Row r of the contiguous `x` (ranks, …) goes to rank r; row r of the result came from rank r."""
+    if not group:
+        return received(x, x.shape)
     return _wait(_OPS.all_to_all_single(x, [1] * ranks, [1] * ranks, group))
 
 
@@ -141,6 +151,15 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """`target.copy_(source)` for each of them, in few kernels: named as private in both versions."""
     if targets:
         torch._foreach_copy_(targets, sources)
+def storage_bytes(reference: StorageWeakRef) -> int:
+    """The bytes of a storage, 0 where it is gone."""
+    storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+    return 0 if storage is None else storage.nbytes()
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that tensors of one storage share, for as long as one of them lives."""
+    return StorageWeakRef(tensor.untyped_storage()).cdata  # type: ignore[no-any-return]
 
 
 def spec_of(tensor: DTensor) -> Any:
@@ -247,3 +266,25 @@ def _efficient_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Ten
 
 FLASH = Kernel(_flash, _flash_backward)
 MEMORY_EFFICIENT = Kernel(_efficient, _efficient_backward)
+
+
+def fused_attention(kind: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+                    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+                    enable_gqa: bool = False) -> Tensor:
+    """What attention runs on a device of `kind`, on meta too: which kernel that is, torch decides by the device.
+
+    On meta it takes the formula that makes all scores.
+    """
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    mask, rate, causal, scale = attn_mask, dropout_p, is_causal, scale or query.shape[-1] ** -0.5
+    if kind == "cpu" and rate == 0.0 and (mask is None or not mask.requires_grad):
+        bias = mask if mask is None or mask.dtype != torch.bool else torch.zeros_like(mask, dtype=query.dtype)
+        found: Tensor = _ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, rate, causal,
+                                                                          attn_mask=bias, scale=scale)[0]
+        return found
+    if kind == "cuda" and query.dtype != torch.float32:
+        return FLASH.forward(query, key, value, None, rate, causal, scale)[0] if mask is None else (
+            MEMORY_EFFICIENT.forward(query, key, value, mask.to(query.dtype), rate, causal, scale)[0])
+    plain: Tensor = _ATEN.scaled_dot_product_attention(query, key, value, mask, rate, causal, scale=scale)
+    return plain

@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from autopar.codegen.arrivals import arrivals
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.executable import Call, Executable
 from autopar.core.reshard import MOVES_DATA, Primitive
 from autopar.core.sharding import Priced, Sums
-from autopar.core.spec import Spec
-from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.choices import compute_dtype
 from autopar.passes.costs import work_of
 from autopar.passes.decision import Decision
 from autopar.passes.exchanges import Exchange, exchange_seconds
 from autopar.passes.gathering import latency_share, shared_seconds
-from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
+from autopar.passes.layout import itemsize, local_factors, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.ops import Op
 from autopar.passes.problem import Setting
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +49,27 @@ class Memory:
 
 
 @dataclass(slots=True)
-class _Phase:
-    work: float = 0.0
+class Phase:
+    """Seconds of one phase of a call: what its ops compute, what they send inside, and communication around them."""
+
+    compute: float = 0.0
+    talk: float = 0.0
     inline: float = 0.0
     hidden: float = 0.0
 
+    @property
+    def sums(self) -> Sums:
+        """As `core.sharding` adds them up."""
+        return Sums(self.compute + self.talk, self.inline, self.hidden)
+
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies."""
 
     share: float
-    forward: _Phase = field(default_factory=_Phase)
-    backward: _Phase = field(default_factory=_Phase)
+    forward: Phase = field(default_factory=Phase)
+    backward: Phase = field(default_factory=Phase)
     saved: float = 0.0
     working: float = 0.0
 
@@ -87,28 +96,33 @@ class Shapes(fx.Interpreter):
 
 def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
     """Seconds a step and bytes a device of a lowered program."""
-    cache: dict[int, _Tally] = {}
-    compute = inline = exposed = 0.0
-    tallies = []
-    for call in executable.calls:
-        if id(call.lowered) not in cache:
-            cache[id(call.lowered)] = _tally(call, executable.decision, setting)
-        tally = cache[id(call.lowered)]
-        tallies.append(tally)
-        for phase in (tally.forward, tally.backward):
-            compute += phase.work
-            inline += phase.inline
-            exposed += Sums(phase.work, phase.inline, phase.hidden).exposed
+    tallies = tally_calls(executable, setting)
+    sums = [phase.sums for tally in tallies for phase in (tally.forward, tally.backward)]
+    compute, inline, exposed = (sum(getattr(each, part) for each in sums) for part in ("work", "inline", "exposed"))
     memory = _fullest(executable, setting, tallies)
     return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
 
 
-def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
-    lowered = call.lowered
+def tally_calls(executable: Executable, setting: Setting) -> list[Tally]:
+    """What each call comes to, ops multiplied by what was measured of their class."""
+    cache: dict[int, Tally] = {}
+    for call in executable.calls:
+        if id(call.lowered) not in cache:
+            tally = cache[id(call.lowered)] = _tally(call, executable, setting)
+            name = executable.decision.context.segmented.class_name(call.segment.class_id)
+            forward, backward = setting.factors.get(name, (1.0, 1.0))
+            tally.forward.compute *= forward
+            tally.backward.compute *= backward
+    return [cache[id(call.lowered)] for call in executable.calls]
+
+
+def _tally(call: Call, executable: Executable, setting: Setting) -> Tally:
+    lowered, decision = call.lowered, executable.decision
+    given = arrivals(lowered, decision, executable.target.inputs)
     shapes = Shapes(lowered.module)
     with torch.no_grad():
-        shapes.run(*_arguments(call, decision), torch.empty((), dtype=torch.int64, device="meta"))
-    tally = _Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
+        shapes.run(*(each.blank(META) for each in given), torch.empty((), dtype=torch.int64, device=META))
+    tally = Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
     by_op: dict[int, list[fx.Node]] = {}
     for node in lowered.module.graph.nodes:
         if "op" in node.meta:
@@ -123,24 +137,7 @@ def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
     return tally
 
 
-def _arguments(call: Call, decision: Decision) -> list[Tensor]:
-    """The externals of the lowered segment on `meta`, as they arrive."""
-    factored = decision.context.segmented.factored
-    made = []
-    for node, placeholder in zip(call.lowered.segment.externals, call.lowered.module.graph.nodes, strict=False):
-        value = node.meta["val"]
-        spec = decision.arrival(node) or Spec(((),) * len(factored.flat(node)))
-        dtype = value.dtype
-        if node in decision.storage:
-            spec = decision.storage[node].spec(len(factored.flat(node)), node in decision.context.gradients)
-            mixed = factored.program.precision.endswith("-mixed") and dtype == COMPUTE_DTYPE[factored.program.precision]
-            dtype = torch.float32 if mixed else dtype
-        assert placeholder.op == "placeholder"
-        made.append(torch.empty(local_shape(factored, node, spec, decision.mesh), dtype=dtype, device="meta"))
-    return made
-
-
-def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: Decision, setting: Setting) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
         gathered = {n.name: decision.mesh.extent(s.gathered) for n, s in decision.storage.items()
@@ -158,7 +155,7 @@ def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: D
         tally.backward.inline += backward if differentiable else 0.0
 
 
-def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_gather(node: fx.Node, tally: Tally, decision: Decision, setting: Setting) -> None:
     """The gathers of a parameter that rests sharded, and the scattered sum of its gradient."""
     factored, storage = decision.context.segmented.factored, decision.storage[node]
     trained = node in decision.context.gradients
@@ -176,7 +173,7 @@ def _together(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nby
     return shared_seconds(setting.price, setting.mesh, primitive, axes, nbytes, share)
 
 
-def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: Tally, decision: Decision, setting: Setting) -> None:
     inside = set(nodes)
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n.name != "seed")
     made = {node.meta["origin"]: node for node in nodes}
@@ -191,8 +188,11 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decisio
     through = any(r.node in decision.context.gradients for r in op.results)
     sent = [exchange for node in nodes if node.op == "call_module" for exchange in shapes.sent[str(node.target)]]
     talk = exchange_seconds(sent, setting.price)
-    tally.forward.work += work.forward_seconds(device) + talk[0]
-    tally.backward.work += work.backward_seconds(device) + talk[1] if through else 0.0
+    tally.forward.compute += work.forward_seconds(device)
+    tally.forward.talk += talk[0]
+    if through:
+        tally.backward.compute += work.backward_seconds(device)
+        tally.backward.talk += talk[1]
     made_here = zip(op.results, results, strict=True)
     tally.working = max(tally.working, nbytes + work.beside.room)
     tally.saved += sum(_nbytes(t) for r, t in made_here if r.node in decision.context.gradients)
@@ -216,7 +216,7 @@ def _optimizer_seconds(executable: Executable, setting: Setting) -> float:
                for node, storage in decision.storage.items() if node in decision.context.gradients)
 
 
-def _fullest(executable: Executable, setting: Setting, tallies: list[_Tally]) -> Memory:
+def _fullest(executable: Executable, setting: Setting, tallies: list[Tally]) -> Memory:
     """The bytes of the fullest moment: the backward of each call in turn, of which the last comes first."""
     decision = executable.decision
     kept = {node: held(decision.context, node, storage, decision.mesh, setting.optimizer.state_bytes)

@@ -54,6 +54,14 @@ def op_choices(context: Context, op: Op, options: Iterable[Assignment], mesh: Me
     return found
 
 
+def scaled(choices: list[Choice], factor: tuple[float, float]) -> list[Choice]:
+    """The choices with their seconds, forward and backward, multiplied."""
+    if factor == (1.0, 1.0):
+        return choices
+    forward, backward = factor
+    return [replace(c, forward=forward * c.forward, backward=backward * c.backward) for c in choices]
+
+
 def _op_choice(context: Context, op: Op, assignment: Assignment, mesh: Mesh, device: Device) -> Choice:
     work, factored = op_work(context, op, assignment, mesh), context.segmented.factored
     saved = sum(local_bytes(factored, r.node, context.emitted(op, r, assignment), mesh)
