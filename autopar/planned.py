@@ -29,6 +29,34 @@ class PlannedParameter:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """Consecutive segments, `first` to `last`, on `devices` in the order of the mesh: seconds of a micro-batch forward
+    and backward there and of bringing it to the next stage, bytes a device, micro-batches kept at once."""
+
+    first: str
+    last: str
+    segments: int
+    devices: tuple[int, ...]
+    forward_s: float
+    backward_s: float
+    sent_s: float
+    nbytes: float
+    in_flight: int
+
+    def __post_init__(self) -> None:
+        check_finite("stage", {name: getattr(self, name) for name in ("forward_s", "backward_s", "sent_s", "nbytes")})
+
+
+@dataclass(frozen=True, slots=True)
+class Pipelining:
+    """How a plan with stages runs: a step's micro-batches, in the order of `schedule`."""
+
+    stages: tuple[PlannedStage, ...] = ()
+    micro_batches: int = 1
+    schedule: str = "1f1b"
+
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
     """A predicted step: the parts add up to `step`. `bubble` is the wait of a pipeline, 0 without one."""
 

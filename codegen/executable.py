@@ -37,11 +37,16 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Executable:
-    """The calls of a program in order. `freed[i]` are the values no call after i reads."""
+    """The calls of a program in order. `freed[i]` are the values no call after i reads.
+
+    Of a part of a program `results` are the values it brings, and `first` is the number of its first call.
+    """
 
     target: Target
     calls: tuple[Call, ...]
     freed: tuple[tuple[fx.Node, ...], ...]
+    results: tuple[fx.Node, ...] | None = None
+    first: int = 0
 
     @property
     def decision(self) -> Decision:
@@ -63,6 +68,8 @@ class Executable:
     @property
     def outputs(self) -> list[fx.Node]:
         """The values the program returns: those behind what is whole, and what is left as it lies."""
+        if self.results is not None:
+            return list(self.results)
         factored = self.decision.context.segmented.factored
         return [*(factored.base(o)[0] for o in factored.program.whole_outputs()), *factored.program.lying_outputs()]
 

@@ -52,17 +52,23 @@ class _Phase:
     work: float = 0.0
     inline: float = 0.0
     hidden: float = 0.0
+    again: float = 0.0
 
 
 @dataclass(slots=True)
-class _Tally:
-    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies."""
+class Tally:
+    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies.
+
+    Of the seconds of parameters' communication `once` are those that a step takes once however many micro-batches it
+    has, `again` in a phase those that each takes.
+    """
 
     share: float
     forward: _Phase = field(default_factory=_Phase)
     backward: _Phase = field(default_factory=_Phase)
     saved: float = 0.0
     working: float = 0.0
+    once: float = 0.0
 
 
 class Shapes(fx.Interpreter):
@@ -87,12 +93,12 @@ class Shapes(fx.Interpreter):
 
 def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
     """Seconds a step and bytes a device of a lowered program."""
-    cache: dict[int, _Tally] = {}
+    cache: dict[int, Tally] = {}
     compute = inline = exposed = 0.0
     tallies = []
     for call in executable.calls:
         if id(call.lowered) not in cache:
-            cache[id(call.lowered)] = _tally(call, executable.decision, setting)
+            cache[id(call.lowered)] = tally_of(call, executable.decision, setting)
         tally = cache[id(call.lowered)]
         tallies.append(tally)
         for phase in (tally.forward, tally.backward):
@@ -103,12 +109,13 @@ def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
     return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
 
 
-def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
+def tally_of(call: Call, decision: Decision, setting: Setting) -> Tally:
+    """What a call comes to."""
     lowered = call.lowered
     shapes = Shapes(lowered.module)
     with torch.no_grad():
         shapes.run(*_arguments(call, decision), torch.empty((), dtype=torch.int64, device="meta"))
-    tally = _Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
+    tally = Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
     by_op: dict[int, list[fx.Node]] = {}
     for node in lowered.module.graph.nodes:
         if "op" in node.meta:
@@ -140,13 +147,15 @@ def _arguments(call: Call, decision: Decision) -> list[Tensor]:
     return made
 
 
-def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: Decision, setting: Setting) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
         names = {n.name for n in decision.context.gradients}
         nbytes = sum(_nbytes(shapes.env[n]) for n in node.all_input_nodes if n.name in names)
         count = sum(n.name in names for n in node.all_input_nodes)
-        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, count * tally.share)
+        seconds = _together(setting, "all_reduce", module.axes, nbytes, count * tally.share)
+        tally.backward.hidden += seconds
+        tally.once += seconds
         return
     assert isinstance(module, Reshard)
     _, differentiable = node.meta["reshard"]
@@ -157,7 +166,7 @@ def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: D
         tally.backward.inline += backward if differentiable else 0.0
 
 
-def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_gather(node: fx.Node, tally: Tally, decision: Decision, setting: Setting) -> None:
     """The gathers of a parameter that rests sharded, and the scattered sum of its gradient."""
     factored, storage = decision.context.segmented.factored, decision.storage[node]
     trained = node in decision.context.gradients
@@ -165,17 +174,21 @@ def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setti
     elements = math.prod(local_factors(factored, node, spec, decision.mesh))
     gathered = _together(setting, "all_gather", storage.gathered, elements * itemsize(node), tally.share)
     tally.forward.hidden += gathered
+    tally.once += gathered if storage.kept else 0.0
+    tally.forward.again += 0.0 if storage.kept else gathered
     if trained:
         master = 4 if factored.program.precision.endswith("-mixed") else itemsize(node)
         scattered = _together(setting, "reduce_scatter", storage.gathered, elements * master, tally.share)
         tally.backward.hidden += scattered + (0.0 if storage.kept else gathered)
+        tally.once += scattered
+        tally.backward.again += 0.0 if storage.kept else gathered
 
 
 def _together(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nbytes: float, share: float) -> float:
     return shared_seconds(setting.price, setting.mesh, primitive, axes, nbytes, share)
 
 
-def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: Tally, decision: Decision, setting: Setting) -> None:
     inside = set(nodes)
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n.name != "seed")
     made = {node.meta["origin"]: node for node in nodes}
@@ -214,7 +227,7 @@ def _optimizer_seconds(executable: Executable, setting: Setting) -> float:
                for node, storage in decision.storage.items() if node in decision.context.gradients)
 
 
-def _fullest(executable: Executable, setting: Setting, tallies: list[_Tally]) -> Memory:
+def _fullest(executable: Executable, setting: Setting, tallies: list[Tally]) -> Memory:
     """The bytes of the fullest moment: the backward of each call in turn, of which the last comes first."""
     decision = executable.decision
     kept = {node: held(decision.context, node, storage, decision.mesh, setting.optimizer.state_bytes)

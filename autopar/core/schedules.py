@@ -1,0 +1,170 @@
+"""In which order a pipeline's stages run their micro-batches: what runs, and what predictions and drawings are made of.
+
+Of S stages on P devices (or groups of them), stage v is on device v mod P; without interleaving S = P. A schedule gives
+for each device the actions in their order:
+
+    gpipe        all forwards, then all backwards; a stage keeps M micro-batches
+    1f1b         S - 1 - j forwards ahead, then one forward and one backward in turn; stage j keeps min(M, S - j)
+    interleaved  1f1b over V = S / P stages a device, P micro-batches of one stage after those of the other
+
+Sources: Huang et al. 2019 (gpipe), Narayanan et al. 2019 (1f1b), Narayanan et al. 2021 (interleaved).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from autopar.core.errors import AutoparError, UnknownName
+
+Schedule = Literal["gpipe", "1f1b", "interleaved"]
+Phase = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One micro-batch through one stage, forward or backward."""
+
+    phase: Phase
+    stage: int
+    micro: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pipe:
+    """`stages` on `devices`, `micro_batches` a step."""
+
+    stages: int
+    devices: int
+    micro_batches: int
+
+    def __post_init__(self) -> None:
+        if min(self.stages, self.devices, self.micro_batches) < 1 or self.stages % self.devices:
+            raise AutoparError(f"{self.stages} stages on {self.devices} devices with {self.micro_batches} micro-batches: "
+                               "needed are as many stages on each device and at least one micro-batch")
+
+    @property
+    def chunks(self) -> int:
+        """Stages a device."""
+        return self.stages // self.devices
+
+
+def _gpipe(pipe: Pipe, device: int) -> list[Action]:
+    every = range(pipe.micro_batches)
+    stages = range(device, pipe.stages, pipe.devices)
+    return [*(Action("forward", stage, m) for stage in stages for m in every),
+            *(Action("backward", stage, m) for stage in reversed(stages) for m in every)]
+
+
+def _alternating(forwards: Sequence[Action], backwards: Sequence[Action], ahead: int) -> list[Action]:
+    """`ahead` forwards, then a forward and a backward in turn, then the backwards that are left."""
+    steady = [action for pair in zip(forwards[ahead:], backwards, strict=False) for action in pair]
+    return [*forwards[:ahead], *steady, *backwards[len(forwards) - ahead:]]
+
+
+def _one_forward_one_backward(pipe: Pipe, device: int) -> list[Action]:
+    every = range(pipe.micro_batches)
+    ahead = min(pipe.micro_batches, pipe.stages - 1 - device)
+    return _alternating([Action("forward", device, m) for m in every], [Action("backward", device, m) for m in every],
+                        ahead)
+
+
+def _interleaved(pipe: Pipe, device: int) -> list[Action]:
+    p, v, total = pipe.devices, pipe.chunks, pipe.micro_batches * pipe.chunks
+    places = [(k // p % v, k // (p * v) * p + k % p) for k in range(total)]
+    forwards = [Action("forward", chunk * p + device, m) for chunk, m in places]
+    backwards = [Action("backward", (v - 1 - chunk) * p + device, m) for chunk, m in places]
+    return _alternating(forwards, backwards, min(total, (p - 1 - device) * 2 + (v - 1) * p))
+
+
+_MAKERS: dict[Schedule, Callable[[Pipe, int], list[Action]]] = {
+    "gpipe": _gpipe, "1f1b": _one_forward_one_backward, "interleaved": _interleaved}
+SCHEDULES: tuple[Schedule, ...] = tuple(_MAKERS)
+
+
+def check_schedule(name: str, pipe: Pipe) -> None:
+    """Raises AutoparError where a pipe can't run by the schedule called `name`."""
+    if name not in _MAKERS:
+        raise UnknownName("schedule", name, list(_MAKERS))
+    if name == "1f1b" and pipe.chunks > 1:
+        raise AutoparError(f"schedule 1f1b has one stage a device, here are {pipe.chunks}; use interleaved")
+    if name == "interleaved" and pipe.micro_batches % pipe.devices:
+        raise AutoparError(f"schedule interleaved wants micro-batches that divide by the {pipe.devices} devices of the "
+                           f"pipeline, here are {pipe.micro_batches}; use "
+                           f"{-(-pipe.micro_batches // pipe.devices) * pipe.devices}, or 1f1b")
+
+
+@lru_cache(maxsize=256)
+def actions(name: Schedule, pipe: Pipe, device: int) -> tuple[Action, ...]:
+    """What a device does, in order. Raises AutoparError where the schedule can't be."""
+    check_schedule(name, pipe)
+    return tuple(_MAKERS[name](pipe, device))
+
+
+def in_flight(name: Schedule, pipe: Pipe, stage: int) -> int:
+    """The most micro-batches that a stage keeps at once."""
+    most = now = 0
+    for action in actions(name, pipe, stage % pipe.devices):
+        if action.stage == stage:
+            now += 1 if action.phase == "forward" else -1
+            most = max(most, now)
+    return most
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When an action runs, in seconds from the start of the step."""
+
+    action: Action
+    device: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of each stage forward and backward, and of bringing a micro-batch over each cut, one way each."""
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    sent: tuple[float, ...]
+
+    def seconds(self, action: Action) -> float:
+        """Seconds of an action."""
+        return (self.forward if action.phase == "forward" else self.backward)[action.stage]
+
+
+def played(name: Schedule, pipe: Pipe, timing: Timing) -> tuple[Span, ...]:
+    """When each action runs, each as soon as its device is free and what it needs has come."""
+    queues = [list(actions(name, pipe, device)) for device in range(pipe.devices)]
+    places, free, ends = [0] * pipe.devices, [0.0] * pipe.devices, dict[Action, float]()
+    spans: list[Span] = []
+    while any(place < len(queue) for place, queue in zip(places, queues, strict=True)):
+        before = len(spans)
+        for device, queue in enumerate(queues):
+            while places[device] < len(queue):
+                action = queue[places[device]]
+                ready = _ready(action, pipe, timing, ends)
+                if ready is None:
+                    break
+                start = max(free[device], ready)
+                free[device] = ends[action] = start + timing.seconds(action)
+                spans.append(Span(action, device, start, free[device]))
+                places[device] += 1
+        assert len(spans) > before, f"schedule {name} of {pipe} waits for itself"
+    return tuple(spans)
+
+
+def _ready(action: Action, pipe: Pipe, timing: Timing, ends: dict[Action, float]) -> float | None:
+    """When what an action needs has come, None where that is not known yet."""
+    if action.phase == "forward":
+        if action.stage == 0:
+            return 0.0
+        before, cut = Action("forward", action.stage - 1, action.micro), action.stage - 1
+    elif action.stage == pipe.stages - 1:
+        return ends.get(Action("forward", action.stage, action.micro))
+    else:
+        before, cut = Action("backward", action.stage + 1, action.micro), action.stage
+    return ends[before] + timing.sent[cut] if before in ends else None

@@ -1,0 +1,307 @@
+"""A step of a pipeline: the whole schedule inside of one call, its gradients kept for the loss's backward.
+
+    a call            every action of the schedule in order; receives one action ahead; at the end the sums of gradients
+                      that are made once a step, and those of parameters that several stages read
+    loss.backward()   what was kept, times the gradient of the loss, goes to `.grad` as that of any loss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from autopar.codegen.channels import Message, Post
+from autopar.codegen.communicator import Axes, Communicator, Group
+from autopar.codegen.executable import Values
+from autopar.codegen.primitives import all_gather, all_reduce
+from autopar.codegen.stages import Port, Stage
+from autopar.core.errors import AutoparError
+from autopar.core.schedules import Action, Pipe, Schedule, actions
+from autopar.passes.decision import Decision
+from autopar.passes.micro import Count
+
+BUCKET_BYTES = 2**25
+"""Gradients smaller than this are summed together."""
+Run = Callable[[Any, Values, tuple[int, int], torch.device], Values]
+"""Runs an executable on what is given to it, under a seed and a step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """One rank's part of a pipelined program: its stages, how a batch becomes micro-batches, what a loss counts.
+
+    `cut` are the axes over which ranks of a stage have different samples, `spread` says whether the stages' ranks have
+    different ones too.
+    """
+
+    decision: Decision
+    stages: tuple[Stage, ...]
+    pipe: Pipe
+    schedule: Schedule
+    counts: dict[str, Count]
+    cut: Axes
+    spread: bool
+    batched: frozenset[fx.Node]
+
+    @property
+    def training(self) -> bool:
+        """Whether it has a backward."""
+        return self.decision.context.segmented.factored.program.training
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Where a rank stands in the pipeline: its place, its column (one rank a place, joined by `group`), its stage's
+    ranks, its links."""
+
+    place: int
+    group: Group
+    inside: Communicator
+    post: Post
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A micro-batch in a stage, between forward and backward."""
+
+    came: Values
+    made: Values
+
+
+@dataclass(eq=False)
+class Step:
+    """The run of one schedule."""
+
+    staged: Staged
+    line: Line
+    run: Run
+    given: list[Values]
+    seed: tuple[int, int]
+    scale: float
+    before_backward: Callable[[bool], None]
+    flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
+    coming: dict[Action, Message] = field(default_factory=dict)
+    losses: list[Values] = field(default_factory=list)
+
+    def play(self, order: Sequence[Action]) -> None:
+        """Run all actions."""
+        backwards = [action for action in order if action.phase == "backward"]
+        for action, following in zip(order, [*order[1:], None], strict=True):
+            self._expect(action)
+            if following is not None:
+                self._expect(following)
+            if action.phase == "forward":
+                self._forward(action)
+            else:
+                self.before_backward(action is backwards[-1])
+                self._backward(action)
+        self.line.post.finish()
+
+    def _stage(self, action: Action) -> Stage:
+        return next(stage for stage in self.staged.stages if stage.index == action.stage)
+
+    def _expect(self, action: Action) -> None:
+        """Start to receive what an action needs."""
+        if action in self.coming:
+            return
+        stage = self._stage(action)
+        if action.phase == "forward":
+            cut, ports = action.stage - 1, stage.received
+        else:
+            cut, ports = action.stage, _differentiable(stage.sent)
+        inside = 0 <= cut < self.staged.pipe.stages - 1
+        self.coming[action] = self.line.post.receive(cut, action.phase, ports) if inside else Message([], [])
+
+    def _forward(self, action: Action) -> None:
+        stage = self._stage(action)
+        came = dict(zip((port.node for port in stage.received), self.coming.pop(action).wait(), strict=True))
+        if self.staged.training:
+            for port in _differentiable(stage.received):
+                came[port.node].requires_grad_()
+        step = self.seed[1] * self.staged.pipe.micro_batches + action.micro
+        made = self.run(stage.executable, {**self.given[action.micro], **came}, (self.seed[0], step),
+                        self.line.post.device)
+        values = {**came, **made}
+        if action.stage < self.staged.pipe.stages - 1:
+            self.line.post.send(action.stage, "forward", [values[port.node].detach() for port in stage.sent])
+        else:
+            self.losses.append({port.node: values[port.node].detach() for port in stage.sent})
+        if self.staged.training:
+            self.flights[action.stage, action.micro] = _Flight(came, values)
+
+    def _backward(self, action: Action) -> None:
+        stage, flight = self._stage(action), self.flights.pop((action.stage, action.micro))
+        sent, came = _differentiable(stage.sent), _differentiable(stage.received)
+        if action.stage == self.staged.pipe.stages - 1:
+            self.coming.pop(action)
+            grads = [torch.full_like(flight.made[port.node], self.scale) for port in sent]
+        else:
+            grads = self.coming.pop(action).wait()
+        passed = {port.node: grad for port, grad in zip(sent, grads, strict=True) if port.node in flight.came}
+        roots = [(flight.made[port.node], grad) for port, grad in zip(sent, grads, strict=True)
+                 if port.node not in flight.came and flight.made[port.node].requires_grad]
+        if roots:
+            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
+        if action.stage > 0:
+            self.line.post.send(action.stage - 1, "backward", [_gradient(flight.came[port.node], passed.get(port.node))
+                                                               for port in came])
+
+
+def _differentiable(ports: Sequence[Port]) -> list[Port]:
+    return [port for port in ports if port.differentiable]
+
+
+def _gradient(leaf: Tensor, passed: Tensor | None) -> Tensor:
+    """The gradient of a value that came: of its uses here, and of what it was handed on to."""
+    found = [grad for grad in (leaf.grad, passed) if grad is not None]
+    return sum(found[1:], found[0]) if found else torch.zeros_like(leaf)
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """Runs steps on one rank. `parameters` are those it holds, by name; `shared` the groups of ranks of other stages
+    that hold the same part of one, for those that several stages read."""
+
+    line: Line
+    parameters: Callable[[], dict[str, nn.Parameter]]
+    shared: dict[str, Group]
+    wrapped: tuple[FSDPModule, ...]
+
+    def __call__(self, staged: Staged, run: Run, given: Values, seed: tuple[int, int], scale: float) -> Values:
+        """The program's outputs; the loss brings the gradients along when its backward is called."""
+        training = staged.training and torch.is_grad_enabled()
+        order = actions(staged.schedule, staged.pipe, self.line.place)
+        parts = self._parts(staged, given)
+        if not training:
+            step = Step(staged, self.line, run, parts, seed, scale, lambda _: None)
+            with torch.no_grad():
+                step.play([action for action in order if action.phase == "forward"])
+            return self._told(staged, step)
+        held = {name: p for name, p in self.parameters().items() if p.requires_grad}
+        before = {name: p.grad for name, p in held.items()}
+        for p in held.values():
+            p.grad = None
+        try:
+            step = Step(staged, self.line, run, parts, seed, scale, self._before_backward)
+            step.play(order)
+            kept = self._finished(staged, held)
+        finally:
+            for name, p in held.items():
+                p.grad = before[name]
+        return {node: _with_gradients(value, kept, list(held.values()), scale)
+                for node, value in self._told(staged, step).items()}
+
+    def _before_backward(self, last: bool) -> None:
+        """Gradients are scattered, and what is kept gathered let go of, in the last backward of a step alone."""
+        for module in self.wrapped:
+            module.set_is_last_backward(last)
+            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_reshard_after_backward(last, recurse=False)
+
+    def _parts(self, staged: Staged, given: Values) -> list[Values]:
+        """What each micro-batch is given: its samples, the counts of the whole batch, and all else as it is."""
+        mine = {node: all_gather(value, self.line.group, 0) if staged.spread and node in staged.batched else value
+                for node, value in given.items()}
+        mine |= self._counted(staged, mine)
+        parts = staged.pipe.micro_batches
+        cut = {node: value.chunk(parts) for node, value in mine.items() if node in staged.batched}
+        return [{**mine, **{node: chunks[m] for node, chunks in cut.items()}} for m in range(parts)]
+
+    def _counted(self, staged: Staged, mine: Values) -> Values:
+        """What losses divide by, of the samples of all ranks of a stage."""
+        program = staged.decision.context.segmented.factored.program
+        nodes = {node.name: node for node in program.placeholders("input")}
+        group = self.line.inside.group(staged.cut)
+        found: Values = {}
+        for name, count in staged.counts.items():
+            whole = {each: all_gather(mine[nodes[each]], group, 0) if group.size > 1 and nodes[each] in staged.batched
+                     else mine[nodes[each]] for each in count.inputs}
+            found[program.node(name)] = count.of(whole)
+        return found
+
+    def _told(self, staged: Staged, step: Step) -> Values:
+        """The outputs, summed over micro-batches and told to all stages by the last."""
+        outputs = [factored_base(staged.decision, o) for o in
+                   staged.decision.context.segmented.factored.program.whole_outputs()]
+        found: Values = {}
+        for node in dict.fromkeys(outputs):
+            parts = [values[node] for values in step.losses]
+            mine = torch.stack(parts).float().sum(0) if parts else torch.zeros((), device=self.line.post.device)
+            found[node] = all_reduce(mine, self.line.group).to(node.meta["val"].dtype)
+        return found
+
+    def _finished(self, staged: Staged, held: dict[str, nn.Parameter]) -> list[Tensor | None]:
+        """The gradients, summed over the ranks of the stage and over the stages that read a parameter."""
+        grads = {name: p.grad for name, p in held.items()}
+        sums = {name: axes for stage in staged.stages for name, axes in stage.sums.items()}
+        jobs: dict[tuple[str, torch.dtype], tuple[Group, list[Tensor]]] = {}
+        for name, grad in grads.items():
+            if name in sums and grad is not None:
+                group, local = self.line.inside.group(sums[name]), _local(grad)
+                jobs.setdefault((group.name, local.dtype), (group, []))[1].append(local)
+        for group, locals_ in jobs.values():
+            _sum_in_place(locals_, group)
+        for name, group in self.shared.items():  # in one order on all ranks
+            if name in held:
+                grad = grads[name]
+                if grad is None:
+                    grad = grads[name] = torch.zeros_like(held[name])
+                _sum_in_place([_local(grad)], group)
+        return list(grads.values())
+
+
+def factored_base(decision: Decision, node: fx.Node) -> fx.Node:
+    """The value that an output renames."""
+    return decision.context.segmented.factored.base(node)[0]
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _sum_in_place(tensors: list[Tensor], group: Group) -> None:
+    """Sum each over the ranks of `group`, small ones together."""
+    if group.size == 1:
+        return
+    bucket: list[Tensor] = []
+    for tensor in [*tensors, None]:
+        if tensor is not None:
+            bucket.append(tensor)
+        if bucket and (tensor is None or sum(t.nbytes for t in bucket) >= BUCKET_BYTES):
+            flat = bucket[0].reshape(-1) if len(bucket) == 1 else torch.cat([t.reshape(-1) for t in bucket])
+            parts = all_reduce(flat, group).split([t.numel() for t in bucket])
+            for place, part in zip(bucket, parts, strict=True):
+                place.copy_(part.view(place.shape))
+            bucket = []
+
+
+class _Kept(torch.autograd.Function):
+    """The loss as it is; its backward hands out gradients that are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, kept: list[Tensor | None], scale: float, *_: nn.Parameter) -> Tensor:
+        ctx.kept, ctx.scale = [kept], scale
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if not ctx.kept:
+            raise AutoparError("backward is called a second time on the loss of a pipeline, whose gradients are handed "
+                               "out once; call the model again for another")
+        kept = ctx.kept.pop()
+        for each in kept:
+            if each is not None:
+                local = _local(each)
+                local.mul_((grad / ctx.scale).to(local.dtype))
+        return None, None, None, *kept
+
+
+def _with_gradients(loss: Tensor, kept: list[Tensor | None], parameters: list[nn.Parameter], scale: float) -> Tensor:
+    found: Tensor = _Kept.apply(loss, kept, scale, *parameters)  # type: ignore[no-untyped-call]
+    return found
