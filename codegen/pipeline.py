@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.codegen.channels import Message, Post
 from autopar.codegen.communicator import Axes, Communicator, Group
-from autopar.codegen.executable import Values
+from autopar.codegen.executable import Executable, Values
 from autopar.codegen.primitives import all_gather, all_reduce
 from autopar.codegen.stages import Port, Stage
 from autopar.core.errors import AutoparError
@@ -48,6 +48,11 @@ class Staged:
     cut: Axes
     spread: bool
     batched: frozenset[fx.Node]
+
+    def compiled(self, compiler: Callable[[Executable], Executable]) -> Staged:
+        """The same with its stages' calls compiled."""
+        return replace(self, stages=tuple(replace(stage, executable=compiler(stage.executable))
+                                          for stage in self.stages))
 
     @property
     def training(self) -> bool:
@@ -169,13 +174,14 @@ class Pipeline:
     that hold the same part of one, for those that several stages read."""
 
     line: Line
+    run: Run
     parameters: Callable[[], dict[str, nn.Parameter]]
     shared: dict[str, Group]
     wrapped: tuple[FSDPModule, ...]
 
-    def __call__(self, staged: Staged, run: Run, given: Values, seed: tuple[int, int], scale: float) -> Values:
+    def __call__(self, staged: Staged, given: Values, seed: tuple[int, int], device: torch.device) -> Values:
         """The program's outputs; the loss brings the gradients along when its backward is called."""
-        training = staged.training and torch.is_grad_enabled()
+        training, run, scale = staged.training and torch.is_grad_enabled(), self.run, 1.0
         order = actions(staged.schedule, staged.pipe, self.line.place)
         parts = self._parts(staged, given)
         if not training:

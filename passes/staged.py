@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autopar.core.sharding import Choice, Flow, Instance, Moment, Node
+from autopar.core.sharding import Choice, Flow, Instance, Node
 from autopar.passes.problem import Problem
 
 Table = tuple[tuple[float, ...], ...]
@@ -25,19 +25,9 @@ def as_staged(problem: Problem) -> Instance:
     nodes = tuple(_node(node, each, once, once if n in parameters else flight) for n, node in enumerate(instance.nodes))
     segments = tuple(replace(segment, flows=tuple(_flow(flow, once if flow.parameter else each)
                                                   for flow in segment.flows)) for segment in instance.segments)
-    saved = Counted(instance)
-    return Instance(nodes, segments, instance.budget, tuple(saved.moment(m) for m in instance.moments))
-
-
-class Counted:
-    """Moments in which everything of a stage is there."""
-
-    def __init__(self, instance: Instance) -> None:
-        self._all = tuple(node.count for node in instance.nodes)
-
-    def moment(self, moment: Moment) -> Moment:
-        """The same with all that is saved and all gradients."""
-        return replace(moment, saved=self._all, gradients=self._all)
+    every = tuple(node.count for node in instance.nodes)
+    return Instance(nodes, segments, instance.budget,
+                    tuple(replace(moment, saved=every, gradients=every) for moment in instance.moments))
 
 
 def _node(node: Node, each: float, once: float, saved: float) -> Node:

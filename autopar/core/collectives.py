@@ -88,7 +88,7 @@ def stage_link(network: Network, pairs: tuple[tuple[int, int], ...]) -> tuple[fl
     shared = (leaving[network.hosts[a]] / network.uplink_bytes_per_s[network.hosts[a]] for a, b in pairs
               if network.hosts[a] != network.hosts[b])
     return (max(network.latency(a, b) for a, b in pairs),
-            max(*(1.0 / network.bandwidth(a, b) for a, b in pairs), *shared))
+            max(itertools.chain((1.0 / network.bandwidth(a, b) for a, b in pairs), shared)))
 
 
 def rates(network: Network, mesh: Mesh) -> dict[tuple[Primitive, tuple[int, ...]], Rate | Curve]:
