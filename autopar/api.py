@@ -51,9 +51,9 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     tuple of positional or a dict of keyword arguments with the global batch's shapes. `mesh` is (4, 2) or "4x2";
     `memory_budget` is what a device may hold, bytes or "20GiB". `pins` fix ops to strategies, both as plans print them:
     `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. `returns="all"` plans for outputs besides the loss. `keep_shapes` lets
-    parameters rest in the model's own shapes, which optimizers need that look at rows and columns. `pp` fixes the number
-    of a pipeline's stages, `micro_batches` that of a step, `dp` and `tp` the axes of a stage's mesh that cut batch and
-    parameters. A plan made before is read again. Raises AutoparError.
+    parameters rest in the model's own shapes, which optimizers need that look at rows and columns. `pp` fixes the
+    number of a pipeline's stages, `micro_batches` that of a step, `dp` and `tp` the axes of a stage's mesh that cut
+    batch and parameters. A plan made before is read again. Raises AutoparError.
     """
     check_plain(model, loss_fn)
     one_of("returns", returns, get_args(Returns))
@@ -164,7 +164,7 @@ def _request(model: nn.Module, precision: Precision, **asked: Any) -> Request:
     one_of("precision", precision, COMPUTE_DTYPE)
     mode, optimizer, solver = (one_of(name, asked[name], known) for name, known in _WORDS.items())
     mesh, budget, pins = (asked[name] for name in ("mesh", "memory_budget", "pins"))
-    stages, inner, parts = read_counts(*asked["counts"], None if mesh is None else read_mesh(mesh))
+    stages, inner, parts = read_counts(asked["counts"], None if mesh is None else read_mesh(mesh))
     return Request(type(model).__name__, mode, inner, optimizer, None if budget is None else read_budget(budget),
                    solver, () if pins is None else read_pins(pins), stages, parts)
 

@@ -57,10 +57,12 @@ def read_mesh(given: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
-def read_counts(pp: Any, dp: Any, tp: Any, micro_batches: Any,
+def read_counts(counts: tuple[Any, Any, Any, Any],
                 mesh: tuple[int, ...] | None) -> tuple[int | None, tuple[int, ...] | None, int | None]:
-    """Stages, the mesh of a stage and micro-batches, of which None are to be found. Raises AutoparError."""
-    for name, value in (("pp", pp), ("dp", dp), ("tp", tp), ("micro_batches", micro_batches)):
+    """Stages, the mesh of a stage and micro-batches, of which None are to be found, from `counts`: pp, dp, tp and
+    micro_batches. Raises AutoparError."""
+    pp, dp, tp, micro_batches = counts
+    for name, value in zip(("pp", "dp", "tp", "micro_batches"), counts, strict=True):
         if value is not None and not (_is(value, Integral) and value > 0):
             raise AutoparError(f"{name} is {told(value)}, needed is a whole number above 0")
     if mesh is not None and (dp or tp):

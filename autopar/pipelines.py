@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -153,7 +154,7 @@ def seconds_of(assembly: Assembly, taken: Taken, micro_batches: int) -> Seconds:
     priced = price(assembly.instance, taken)
     slowest = max(range(len(taken)), key=lambda j: priced.stages[j])
     bounds = [sum(sum(map(sum, stage)) for stage in taken[:j]) for j in range(len(taken) + 1)]
-    of = [assembly.calls[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    of = [assembly.calls[a:b] for a, b in itertools.pairwise(bounds)]
     slow = assembly.instance.places[slowest].slow
     compute = micro_batches * slow * sum(c.tally.forward.work + c.tally.backward.work for c in of[slowest])
     inline = micro_batches * slow * sum(c.tally.forward.inline + c.tally.backward.inline for c in of[slowest])

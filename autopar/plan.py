@@ -19,6 +19,7 @@ from autopar.core.schedules import Pipe, check_schedule
 from autopar.difference import Difference, changes
 from autopar.listing import listing
 from autopar.planned import (
+    ALONE,
     SECONDS,
     Bytes,
     Pipelining,
@@ -64,7 +65,7 @@ class Plan:
     solve_s: float
     workload: Workload
     peak_flops_per_s: float
-    pipelining: Pipelining = Pipelining()
+    pipelining: Pipelining = ALONE
 
     def __post_init__(self) -> None:
         check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
@@ -174,7 +175,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain lists and numbers; the keys are attributes."""
-        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)] for name in ("ops", "parameters", "stages")}
+        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)]
+                for name in ("ops", "parameters", "stages")}
         told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops",
                                                     "micro_batches", "schedule")}
         plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **told, **rows}))
@@ -260,10 +262,11 @@ class Plan:
         split = ", ".join(f"{name} {1e3 * value:.3f}" for name, value in parts.items())
         held = ", ".join(f"{f.name} {getattr(m, f.name) / GIB:.3f}" for f in dataclasses.fields(m))
         at_rest = sorted({p.spec for p in self.parameters})
-        shape = f"{len(self.stages)} stages, {self.micro_batches} micro-batches by {self.schedule}, each on "
+        staged = (f"{len(self.stages)} stages, {self.micro_batches} micro-batches by {self.schedule}, each on "
+                  if self.stages else "")
         lines = [
-            *map(str, self.stage_table()),
-            f"mesh: {shape if self.stages else ''}{'x'.join(map(str, self.mesh))} of {self.cluster}, mode {self.mode}, {self.precision}, "
+            *self.stage_table(),
+            f"mesh: {staged}{'x'.join(map(str, self.mesh))} of {self.cluster}, mode {self.mode}, {self.precision}, "
             f"{self.optimizer}",
             f"attention: {self.attention}" if self.attention else "",
             f"parameters at rest: {', '.join(at_rest)}",
@@ -315,8 +318,9 @@ def check_stages(found: Pipelining, mesh: tuple[int, ...]) -> None:
     every = [device for stage in found.stages for device in stage.devices]
     wrong = [stage.devices for stage in found.stages if len(stage.devices) != math.prod(mesh)]
     if wrong or sorted(every) != list(range(len(every))):
-        raise AutoparError(f"'devices' of the stages are {[list(stage.devices) for stage in found.stages]}, needed are "
-                           f"{math.prod(mesh)} a stage, each of 0 to {max(len(every) - 1, 0)} once: make the plan again")
+        raise AutoparError(f"'devices' of the stages are {[list(stage.devices) for stage in found.stages]}, needed "
+                           f"are {math.prod(mesh)} a stage, each of 0 to {max(len(every) - 1, 0)} once: make the plan "
+                           "again")
 
 
 def _workload(table: dict[str, Any]) -> Workload:

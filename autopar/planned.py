@@ -56,6 +56,10 @@ class Pipelining:
     schedule: str = "1f1b"
 
 
+ALONE = Pipelining()
+"""What a plan without stages has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seconds:
     """A predicted step: the parts add up to `step`. `bubble` is the wait of a pipeline, 0 without one."""

@@ -365,6 +365,13 @@ def check_origin(plan: Plan, ctx: Context, cluster: Cluster) -> None:
                            "the model, its input shapes or its precision differ: plan again")
 
 
+def check_one_stage(plan: Plan, what: str) -> None:
+    """Raises AutoparError for a plan with stages, which can't be `what` yet."""
+    if plan.stages:
+        raise AutoparError(f"the plan has {len(plan.stages)} stages, and only plans without stages can be {what}; plan "
+                           "in a mode without stages, such as zero2")
+
+
 def setting_of(plan: Plan, cluster: Cluster) -> Setting:
     """The setting a plan was made for, with the budget that a device has by default."""
     stages = max(1, len(plan.stages))

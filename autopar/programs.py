@@ -100,8 +100,8 @@ def _plans(programs: Programs, ctx: Context, mesh: Mesh, decision: Decision, for
 def _pipelined(model: nn.Module, made: Plan, ctx: Context, programs: Programs, order: Order) -> ParallelModule:
     """The module of a plan with stages."""
     if order.returns != "loss":
-        raise AutoparError("a pipeline returns its loss alone, other outputs are on its last stage, a micro-batch each; "
-                           "leave returns=\"all\" out, or use a mode without stages")
+        raise AutoparError("a pipeline returns its loss alone, other outputs are on its last stage, a micro-batch "
+                           "each; leave returns=\"all\" out, or use a mode without stages")
     layout = Layout(tuple(stage.first for stage in made.stages), made.mesh,
                     tuple(device for stage in made.stages for device in stage.devices), made.micro_batches,
                     cast(Schedule, made.schedule))
@@ -193,7 +193,9 @@ class Programs:
         layout = self._staging.layout if self._staging else None
         stages = len(layout.starts) if layout else 1
         setting = self._order.request.setting(self._order.cluster, shape, stages=stages)
-        return staged_setting(setting, Shape(stages, layout.micro_batches, shape), layout.devices) if layout else setting
+        if layout is None:
+            return setting
+        return staged_setting(setting, Shape(stages, layout.micro_batches, shape), layout.devices)
 
     def _context(self, training: bool, call: Call) -> Context:
         """The annotated program. Raises AutoparError on all ranks."""

@@ -142,8 +142,8 @@ class Batches:
             self._tell(f"inputs of shapes {list(_shapes(leaves))} on a rank come for the first time: planning for a "
                        f"batch of {rows} such samples, parameters as they lie")
         if sum(brought) * parts != rows * self.plans.mesh.size:
-            self._tell(f"a batch of {sum(brought) * parts // self.plans.mesh.size} samples runs as one of {rows}, filled up with "
-                       "samples that count for nothing")
+            self._tell(f"a batch of {sum(brought) * parts // self.plans.mesh.size} samples runs as one of {rows}, "
+                       "filled up with samples that count for nothing")
         known.add(rows)
         return rows
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from autopar.codegen.stages import Port
 
-Ways = dict[tuple[int, str], dist.ProcessGroup]
-"""This rank's groups, by cut (cut v is behind stage v) and phase."""
+Links = dict[tuple[int, str], "Link"]
+"""This rank's ways, by cut (cut v is behind stage v) and phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class Link:
     peer: int
 
 
-def connect_cuts(columns: Sequence[Sequence[int]], stages: int) -> dict[tuple[int, str], Link]:
+def connect_cuts(columns: Sequence[Sequence[int]], stages: int) -> Links:
     """This rank's links; `columns` are the ranks, by device of the pipeline, that hand values on to each other.
 
     Collective over the world.
     """
-    found: dict[tuple[int, str], Link] = {}
+    found: Links = {}
     for column in columns:
         for cut in range(stages - 1):
             ends = column[cut % len(column)], column[(cut + 1) % len(column)]
@@ -67,7 +67,7 @@ class Message:
 class Post:
     """Sends and receives over this rank's links; holds on to what is being sent."""
 
-    links: dict[tuple[int, str], Link]
+    links: Links
     device: torch.device
     leaving: list[Message] = field(default_factory=list)
 
@@ -87,7 +87,7 @@ class Post:
             message.wait()
         self.leaving = []
 
-    def _start(self, act: Callable[..., dist.Work], cut: int, phase: str, tensors: list[Tensor]) -> Message:
+    def _start(self, act: Callable[..., dist.Work | None], cut: int, phase: str, tensors: list[Tensor]) -> Message:
         if not tensors:
             return Message([], [])
         link = self.links[cut, phase]

@@ -85,9 +85,10 @@ def _call(call: Call, tally: Tally, decision: Decision, setting: Setting, sent: 
     parameters, state = sum(h.parameter for h in kept), sum(h.state for h in kept)
     copies, working = sum(h.copy for h in kept), tally.working + sum(h.working for h in kept)
     optimizer = sum(_step_seconds(decision, n, setting) for n in nodes)
-    seconds = [phase.work + phase.inline + Sums(phase.work, phase.inline, phase.again).exposed
-               for phase in (tally.forward, tally.backward)]
-    entry = Entry(*seconds, tally.once + optimizer, parameters + state + gradients + copies, tally.saved, working)
+    forward, backward = (phase.work + phase.inline + Sums(phase.work, phase.inline, phase.again).exposed
+                         for phase in (tally.forward, tally.backward))
+    static = parameters + state + gradients + copies
+    entry = Entry(forward, backward, tally.once + optimizer, static, tally.saved, working)
     return Costed(tally, entry, Memory(parameters, gradients, state, copies, working), optimizer, sent)
 
 

@@ -116,10 +116,9 @@ class Step:
         if action in self.coming:
             return
         stage = self._stage(action)
-        if action.phase == "forward":
-            cut, ports = action.stage - 1, stage.received
-        else:
-            cut, ports = action.stage, _differentiable(stage.sent)
+        forward = action.phase == "forward"
+        cut, ports = (action.stage - 1, list(stage.received)) if forward else (action.stage,
+                                                                              _differentiable(stage.sent))
         inside = 0 <= cut < self.staged.pipe.stages - 1
         self.coming[action] = self.line.post.receive(cut, action.phase, ports) if inside else Message([], [])
 

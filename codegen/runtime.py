@@ -207,7 +207,8 @@ class ParallelModule(nn.Module):
         state: dict[str, Tensor] = {}
         held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, (shape, dtype) in self._every.items():
-            value = to_plain(held[name], self._stored[name]) if name in held and name in self._stored else held.get(name)
+            own = held.get(name)
+            value = to_plain(own, self._stored[name]) if own is not None and name in self._stored else own
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             teller = self._holding.tellers.get(name, 0)
             if teller:

@@ -7,6 +7,7 @@ uses of a parameter agree on them, and made once a step.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +78,7 @@ def stages_of(executable: Executable, places: Sequence[int]) -> tuple[Stage, ...
     decision = executable.decision
     crossing = [_crossing(executable, place) for place in places]
     calls, sums = zip(*(_without_sums(executable.calls[a:b], decision)
-                        for a, b in zip(places, places[1:], strict=False)), strict=True)
+                        for a, b in itertools.pairwise(places)), strict=True)
     outputs = frozenset(executable.outputs)
     return tuple(Stage(j, _part(executable, places[j], calls[j], crossing[j + 1], outputs),
                        _ports(crossing[j], decision), _ports(crossing[j + 1], decision), sums[j])
@@ -170,7 +171,7 @@ def _stripped(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_module" and isinstance(made.get_submodule(str(node.target)), ReduceGradients):
             for part in list(node.users):
-                part.replace_all_uses_with(node.args[0][part.args[1]])  # type: ignore[index]
+                part.replace_all_uses_with(node.args[0][part.args[1]])
                 graph.erase_node(part)
             graph.erase_node(node)
     made.recompile()

@@ -23,7 +23,7 @@ from autopar.passes.factors import Factored
 from autopar.passes.functional import is_update, value_of
 from autopar.passes.ops import Op
 from autopar.passes.rules.losses import MEAN, SUM
-from autopar.passes.rules.nodes import argument, shape
+from autopar.passes.rules.nodes import argument, named, shape
 
 aten = torch.ops.aten
 COUNTED = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default}
@@ -156,8 +156,8 @@ class _Cut:
         return False
 
     def _mixed(self, op: Op) -> AutoparError:
-        return AutoparError(f"{op.name} ({str(op.main.target).removeprefix('aten.')}) mixes samples, so that a batch is "
-                            "more than its micro-batches; use 1 micro-batch")
+        return AutoparError(f"{op.name} ({str(op.main.target).removeprefix('aten.')}) mixes samples, so that a batch "
+                            "is more than its micro-batches; use 1 micro-batch")
 
     def _check_linear(self, node: fx.Node, after: set[fx.Node]) -> None:
         """Raises AutoparError unless `node` makes of parts of its operands that part of its result."""
@@ -217,10 +217,7 @@ class _Cut:
                 small = [new if old == full and old > 0 else old
                          for old, full, new in zip(given, shape(node), self._small(node), strict=True)]
                 made.args = (*made.args[:place], small, *made.args[place + 1:])
-        if node.target is operator.getitem:
-            value = self.values[made.args[0]][made.args[1]]  # type: ignore[index]
-        else:
-            value = self._run(node, made)
+        value = self._run(node, made)
         self.values[made] = value
         if isinstance(value, Tensor) and node in self.factored.dims and tuple(value.shape) != self._small(node):
             raise AutoparError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, whose result has the "
@@ -229,13 +226,15 @@ class _Cut:
         made.meta["val"] = value
 
     def _run(self, node: fx.Node, made: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            return self.values[made.args[0]][made.args[1]]  # type: ignore[index]
         args, kwargs = fx.map_arg((made.args, dict(made.kwargs)), self.values.__getitem__)
         kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), kwargs)
         try:
             return made.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, IndexError) as error:
-            raise AutoparError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, which a micro-batch does "
-                               f"not fit ({str(error).splitlines()[0]}); use 1 micro-batch") from error
+            raise AutoparError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, which a micro-batch "
+                               f"does not fit ({str(error).splitlines()[0]}); use 1 micro-batch") from error
 
     # Losses
 
@@ -257,7 +256,7 @@ class _Cut:
         if given.get("weight") is not None:
             raise AutoparError(f"{node.name} weighs its classes, which is not counted over micro-batches; use 1 "
                                "micro-batch")
-        ignored = int(given.get("ignore_index", -100))
+        ignored = int(given.get("ignore_index", -100))  # type: ignore[arg-type]
         tail = (given["label_smoothing"],) if node.target is aten.cross_entropy_loss.default and given.get(
             "label_smoothing") else ()
         made.args, made.kwargs = (given["logits"], given["target"], None, SUM, ignored, *tail), {}
@@ -299,8 +298,8 @@ def _batch_factor(factored: Factored) -> int:
 
 def _is_sum(node: fx.Node) -> bool:
     """Whether a loss is asked for the sum of its terms."""
-    return "reduction" in {a.name for a in node.target._schema.arguments} and \
-        any(a == SUM for a in (*node.args, *node.kwargs.values()))  # type: ignore[union-attr]
+    declared = node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
+    return any(a.name == "reduction" for a in declared) and named(node, "reduction") == SUM
 
 
 def _is_numbered(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ A program is a sequence of runs r of n_r equal segments. Stage j of S takes n[j,
     in_order    N[j,r] = Σ_{i ≤ j, e} n[i,r,e]
                 n_r · d[j,r] ≤ N[j,r] ≤ n_r − 1 + d[j,r]                            d tells what is done
                 s[j,r] ≤ N[j,r] ≤ n_r · s[j,r]                                      s tells what is begun
-                s[j,r+1] ≤ d[j,r]                                                   no run is begun before the last is done
+                s[j,r+1] ≤ d[j,r]                                                   runs are begun one by one
     crossing    c[j] = α_j + β_j · Σ_r (inside_r · (s[j,r] − d[j,r]) + after_r · (d[j,r] − s[j,r+1]))   seconds one way
     slowest     P ≥ T[j] + wait_j · c[j],  T[j] = slow_j · Σ (forward_e + backward_e) · n[j,r,e]
     finishing   Y ≥ Σ step_e · n[j,r,e]
@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`count` equal segments in a row; bytes that a device sends over a cut between two of them, and behind the last."""
+    """`count` equal segments in a row; bytes that a device sends over a cut between two of them and behind the last."""
 
     name: str
     count: int
@@ -313,8 +313,8 @@ def decode(instance: Instance, outcome: Outcome) -> Assembled:
 def assemble(instance: Instance, solver: str = "cbc", limit_s: float | None = None) -> Assembled:
     """The best stages. Raises Infeasible where there are more stages than segments, or none fits in memory."""
     if len(instance.places) > instance.segments:
-        raise Infeasible(f"{len(instance.places)} stages are asked for, the program has {instance.segments} segments to "
-                         f"cut between; use at most {instance.segments} stages")
+        raise Infeasible(f"{len(instance.places)} stages are asked for, the program has {instance.segments} "
+                         f"segments to cut between; use at most {instance.segments} stages")
     outcome = formulate(instance).solve(solver, limit_s)
     if outcome.status == "infeasible":
         raise _refusal(instance)

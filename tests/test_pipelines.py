@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 import autopar
 from tests.builders import Case, gpt2, mlp, quick

@@ -42,8 +42,8 @@ class Pipe:
 
     def __post_init__(self) -> None:
         if min(self.stages, self.devices, self.micro_batches) < 1 or self.stages % self.devices:
-            raise AutoparError(f"{self.stages} stages on {self.devices} devices with {self.micro_batches} micro-batches: "
-                               "needed are as many stages on each device and at least one micro-batch")
+            raise AutoparError(f"{self.stages} stages on {self.devices} devices with {self.micro_batches} micro-batches"
+                               ": needed are as many stages on each device and at least one micro-batch")
 
     @property
     def chunks(self) -> int:
