@@ -7,17 +7,18 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 
-from autopar.codegen.entries import Assembly, assembly_of
+from autopar.codegen.entries import Assembly, Costed, assembly_of
 from autopar.codegen.executable import Executable, offline
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.lower import Target
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
-from autopar.core.schedules import Schedule
+from autopar.core.schedules import Pipe, Schedule, Timing, played
 from autopar.passes.choices import op_choices
 from autopar.passes.decision import Context, Decision, context
 from autopar.passes.micro import Micro, micro
@@ -29,7 +30,6 @@ from autopar.planned import Bytes, Pipelining, PlannedStage, Seconds
 from autopar.solver.assembly import Assembled, Priced, Taken, assemble, price
 from autopar.solver.optimise import Begun, begin, finish
 
-SCHEDULE: Schedule = "1f1b"
 MOST_MICRO_BATCHES = 64
 MOST_FLIGHTS = 8
 """Micro-batches for each stage, beyond which the pipeline's filling and draining are small already."""
@@ -73,11 +73,12 @@ class Found:
     assembled: Assembled
     executable: Executable
     bound: float
+    schedule: Schedule
 
     @property
     def seconds(self) -> float:
         """Seconds a step."""
-        return self.assembled.priced.seconds
+        return step_seconds(self.assembly, self.assembled.taken, self.schedule)
 
 
 def staged_setting(setting: Setting, shape: Shape, layout: tuple[int, ...]) -> Setting:
@@ -112,16 +113,31 @@ def assembled(problem: Problem, found: Begun, solver: str, limit_s: float) -> Fo
     assert solution is not None
     decision = problem.decide(solution.choices)
     executable = lowered(decision, setting)
-    assembly = assembly_of(executable, setting, SCHEDULE)
-    best = assemble(assembly.instance, solver, limit_s)
-    return Found(shape, problem, decision, assembly, best, executable, found.bound.seconds)
+    ways: list[Found] = []
+    refusals: list[AutoparError] = []
+    for schedule in _schedules(executable, setting):
+        assembly = assembly_of(executable, setting, schedule)
+        try:
+            best = assemble(assembly.instance, solver, limit_s)
+            ways.append(Found(shape, problem, decision, assembly, best, executable, found.bound.seconds, schedule))
+        except AutoparError as refusal:
+            refusals.append(refusal)
+    if not ways:
+        raise refusals[0]
+    return min(ways, key=lambda way: way.seconds)
+
+
+def _schedules(executable: Executable, setting: Setting) -> list[Schedule]:
+    """Those that may be the best: a last stage with the first pays where they share parameters."""
+    tied = assembly_of(executable, setting, "1f1b").instance.ties
+    return ["1f1b", "looped"] if tied and setting.micro_batches > 1 else ["1f1b"]
 
 
 def pipelining_of(found: Found) -> Pipelining:
     """The stages as a plan tells of them."""
     names = [call.segment.name for call in found.executable.calls]
     return Pipelining(tuple(_stages(found.assembly, found.assembled.taken, found.assembled.priced, names,
-                                    found.problem.setting)), found.shape.micro_batches, SCHEDULE)
+                                    found.problem.setting)), found.shape.micro_batches, found.schedule)
 
 
 def _stages(assembly: Assembly, taken: Taken, priced: Priced, names: list[str],
@@ -130,7 +146,8 @@ def _stages(assembly: Assembly, taken: Taken, priced: Priced, names: list[str],
     for j, (stage, place) in enumerate(zip(taken, assembly.instance.places, strict=True)):
         count = sum(map(sum, stage))
         entries = [call.entry for call in assembly.calls[start:start + count]]
-        yield PlannedStage(names[start], names[start + count - 1], count, setting.layout[j * size:(j + 1) * size],
+        at = j % assembly.instance.devices * size
+        yield PlannedStage(names[start], names[start + count - 1], count, setting.layout[at:at + size],
                            place.slow * sum(e.forward for e in entries), place.slow * sum(e.backward for e in entries),
                            priced.crossing[j] if j < len(priced.crossing) else 0.0, priced.nbytes[j], place.flight)
         start += count
@@ -149,33 +166,56 @@ def taken_of(assembly: Assembly, counts: list[int]) -> Taken:
     return tuple(found)
 
 
-def seconds_of(assembly: Assembly, taken: Taken, micro_batches: int) -> Seconds:
-    """The parts of a step: those of the slowest stage, and what it waits for the others."""
-    priced = price(assembly.instance, taken)
-    slowest = max(range(len(taken)), key=lambda j: priced.stages[j])
-    bounds = [sum(sum(map(sum, stage)) for stage in taken[:j]) for j in range(len(taken) + 1)]
-    of = [assembly.calls[a:b] for a, b in itertools.pairwise(bounds)]
-    slow = assembly.instance.places[slowest].slow
-    compute = micro_batches * slow * sum(c.tally.forward.work + c.tally.backward.work for c in of[slowest])
-    inline = micro_batches * slow * sum(c.tally.forward.inline + c.tally.backward.inline for c in of[slowest])
-    last = max(range(len(taken)), key=lambda j: sum(c.entry.step for c in of[j]))
-    optimizer = sum(c.optimizer for c in of[last])
-    exposed = max(0.0, micro_batches * priced.stages[slowest] - compute - inline) + priced.finish - optimizer
-    return Seconds(priced.seconds, compute, inline, exposed, optimizer,
-                   priced.seconds - compute - inline - exposed - optimizer)
+def _calls_on(assembly: Assembly, taken: Taken, device: int) -> tuple[tuple[Costed, int], ...]:
+    """The calls on one device, each with the micro-batches that its stage keeps."""
+    bounds = list(itertools.accumulate((sum(map(sum, stage)) for stage in taken), initial=0))
+    return tuple((call, assembly.instance.places[j].flight) for j in assembly.instance.on(device)
+                 for call in assembly.calls[bounds[j]:bounds[j + 1]])
+
+
+def timing_of(assembly: Assembly, taken: Taken) -> Timing:
+    """Seconds of each stage and cut."""
+    instance, priced = assembly.instance, price(assembly.instance, taken)
+    bounds = list(itertools.accumulate((sum(map(sum, stage)) for stage in taken), initial=0))
+    parts = [assembly.calls[a:b] for a, b in itertools.pairwise(bounds)]
+    return Timing(tuple(place.slow * sum(c.entry.forward for c in part)
+                        for place, part in zip(instance.places, parts, strict=True)),
+                  tuple(place.slow * sum(c.entry.backward for c in part)
+                        for place, part in zip(instance.places, parts, strict=True)), priced.crossing)
+
+
+def step_seconds(assembly: Assembly, taken: Taken, schedule: Schedule) -> float:
+    """Seconds of a step as its schedule plays, and of what is done once at its end."""
+    instance = assembly.instance
+    pipe = Pipe(len(taken), instance.devices, instance.micro_batches)
+    end = max(span.end_s for span in played(schedule, pipe, timing_of(assembly, taken)))
+    return end + price(instance, taken).finish
+
+
+def seconds_of(assembly: Assembly, taken: Taken, schedule: Schedule) -> Seconds:
+    """The parts of a step: those of the slowest device, and what it waits for the others."""
+    instance, priced = assembly.instance, price(assembly.instance, taken)
+    busy = [sum(priced.stages[j] for j in instance.on(device)) for device in range(instance.devices)]
+    slowest = max(range(instance.devices), key=busy.__getitem__)
+    on = [[call for call, _ in _calls_on(assembly, taken, device)] for device in range(instance.devices)]
+    slow, micro_batches, total = instance.places[slowest].slow, instance.micro_batches, step_seconds(assembly, taken,
+                                                                                                      schedule)
+    compute = micro_batches * slow * sum(c.tally.forward.work + c.tally.backward.work for c in on[slowest])
+    inline = micro_batches * slow * sum(c.tally.forward.inline + c.tally.backward.inline for c in on[slowest])
+    last = max(range(instance.devices), key=lambda device: sum(c.entry.step for c in on[device]))
+    optimizer = sum(c.optimizer for c in on[last])
+    exposed = max(0.0, micro_batches * busy[slowest] - compute - inline) + priced.finish - optimizer
+    return Seconds(total, compute, inline, exposed, optimizer, total - compute - inline - exposed - optimizer)
 
 
 def bytes_of(assembly: Assembly, taken: Taken) -> Bytes:
-    """The bytes of the fullest stage by kind."""
+    """The bytes of the fullest device by kind."""
     priced = price(assembly.instance, taken)
-    fullest = max(range(len(taken)), key=lambda j: priced.nbytes[j])
-    start = sum(sum(map(sum, stage)) for stage in taken[:fullest])
-    calls = assembly.calls[start:start + sum(map(sum, taken[fullest]))]
-    flight = assembly.instance.places[fullest].flight
-    return Bytes(sum(c.memory.parameters for c in calls), sum(c.memory.gradients for c in calls),
-                 sum(c.memory.optimizer for c in calls),
-                 sum(c.memory.activations + flight * c.entry.saved for c in calls),
-                 max(c.entry.working for c in calls))
+    fullest = max(range(assembly.instance.devices), key=priced.held.__getitem__)
+    calls = _calls_on(assembly, taken, fullest)
+    kinds = [sum(getattr(call.memory, name) for call, _ in calls) for name in ("parameters", "gradients", "optimizer")]
+    kept = sum(call.memory.activations + flight * call.entry.saved for call, flight in calls)
+    return Bytes(*kinds, kept, priced.held[fullest] - sum(kinds) - kept)
 
 
 def shapes_to_try(cluster: Cluster, batch: int, segments: int, meshes: dict[int, tuple[tuple[int, ...], ...]],
@@ -246,10 +286,11 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
 
 def recomputed(pipelining: Pipelining, decision: Decision, setting: Setting) -> tuple[float, float]:
     """(seconds, bytes) of stages from their lowered program. Raises AutoparError where they are not of its segments."""
-    assembly = assembly_of(lowered(decision, setting), setting, SCHEDULE)
+    schedule = cast(Schedule, pipelining.schedule)
+    assembly = assembly_of(lowered(decision, setting), setting, schedule)
     counts = [stage.segments for stage in pipelining.stages]
     if sum(counts) != len(assembly.calls):
         raise AutoparError(f"the plan's stages have {sum(counts)} segments, the program has {len(assembly.calls)}; the "
                            "plan was edited or made by another version: plan again")
-    priced = price(assembly.instance, taken_of(assembly, counts))
-    return priced.seconds, max(priced.nbytes)
+    taken = taken_of(assembly, counts)
+    return step_seconds(assembly, taken, schedule), max(price(assembly.instance, taken).held)

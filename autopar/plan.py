@@ -101,7 +101,7 @@ class Plan:
     @property
     def devices(self) -> int:
         """How many devices it runs on."""
-        return math.prod(self.mesh) * max(1, len(self.stages))
+        return math.prod(self.mesh) * max(1, len(self.pipelining.places))
 
     @property
     def step_time_s(self) -> float:
@@ -314,13 +314,15 @@ def check_stages(found: Pipelining, mesh: tuple[int, ...]) -> None:
     if found.micro_batches < 1:
         raise AutoparError(f"'micro_batches' is {found.micro_batches}, needed is at least 1: make the plan again")
     if found.stages:
-        check_schedule(found.schedule, Pipe(len(found.stages), len(found.stages), found.micro_batches))
-    every = [device for stage in found.stages for device in stage.devices]
-    wrong = [stage.devices for stage in found.stages if len(stage.devices) != math.prod(mesh)]
-    if wrong or sorted(every) != list(range(len(every))):
+        check_schedule(found.schedule, Pipe(len(found.stages), len(found.places), found.micro_batches))
+    every = found.layout
+    wrong = [place for place in found.places if len(place) != math.prod(mesh)]
+    turned = [stage.devices for stage in found.stages] != [found.places[j % len(found.places)]
+                                                           for j in range(len(found.stages))]
+    if wrong or turned or sorted(every) != list(range(len(every))):
         raise AutoparError(f"'devices' of the stages are {[list(stage.devices) for stage in found.stages]}, needed "
-                           f"are {math.prod(mesh)} a stage, each of 0 to {max(len(every) - 1, 0)} once: make the plan "
-                           "again")
+                           f"are {math.prod(mesh)} a stage, each of 0 to {max(len(every) - 1, 0)} once, over again "
+                           "where there are more stages: make the plan again")
 
 
 def _workload(table: dict[str, Any]) -> Workload:

@@ -55,6 +55,16 @@ class Pipelining:
     micro_batches: int = 1
     schedule: str = "1f1b"
 
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """The devices that stages run on, each once: a schedule may put several stages on the same."""
+        return tuple(dict.fromkeys(stage.devices for stage in self.stages))
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """All devices, place by place."""
+        return tuple(device for place in self.places for device in place)
+
 
 ALONE = Pipelining()
 """What a plan without stages has."""

@@ -190,7 +190,7 @@ def pipelined_plan(found: pipelines.Found, least: float, told: list[tuple[str, f
     return Plan(
         request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
         program.precision, request.optimizer, status_of(gap), gap,
-        pipelines.seconds_of(found.assembly, assembled.taken, setting.micro_batches),
+        pipelines.seconds_of(found.assembly, assembled.taken, found.schedule),
         pipelines.bytes_of(found.assembly, assembled.taken), planned_ops(found.decision),
         planned_parameters(found.decision), ", ".join(notes), fallback_ops(ctx), len(found.problem.instance.nodes),
         edge_count(found.problem.instance), spent, workload_of(ctx),
@@ -374,12 +374,12 @@ def check_one_stage(plan: Plan, what: str) -> None:
 
 def setting_of(plan: Plan, cluster: Cluster) -> Setting:
     """The setting a plan was made for, with the budget that a device has by default."""
-    stages = max(1, len(plan.stages))
+    stages = max(1, len(plan.pipelining.places))
     setting = Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh, stages=stages)
     if not plan.stages:
         return setting
-    layout = tuple(device for stage in plan.stages for device in stage.devices)
-    return pipelines.staged_setting(setting, pipelines.Shape(stages, plan.micro_batches, plan.mesh), layout)
+    shape = pipelines.Shape(stages, plan.micro_batches, plan.mesh)
+    return pipelines.staged_setting(setting, shape, plan.pipelining.layout)
 
 
 def annotated(program: Program | Context) -> Context:

@@ -102,8 +102,7 @@ def _pipelined(model: nn.Module, made: Plan, ctx: Context, programs: Programs, o
     if order.returns != "loss":
         raise AutoparError("a pipeline returns its loss alone, other outputs are on its last stage, a micro-batch "
                            "each; leave returns=\"all\" out, or use a mode without stages")
-    layout = Layout(tuple(stage.first for stage in made.stages), made.mesh,
-                    tuple(device for stage in made.stages for device in stage.devices), made.micro_batches,
+    layout = Layout(tuple(stage.first for stage in made.stages), made.mesh, made.pipelining.places, made.micro_batches,
                     cast(Schedule, made.schedule))
     small, cut = programs.micros(ctx).of(made.micro_batches)
     decision = decision_of(made, small)
@@ -111,7 +110,7 @@ def _pipelined(model: nn.Module, made: Plan, ctx: Context, programs: Programs, o
     site = Site(line.inside, device_mesh_of(layout, launch.device().type), launch.device())
     programs.settle(decision, site.communicator, Staging(layout, line), cut)
     stages = every_stage(build(Target(decision, site.communicator, programs.price, launch.device())), layout)
-    grain = made.micro_batches * Mesh(made.mesh).size * len(made.stages)
+    grain = made.micro_batches * made.devices
     plans = _plans(programs, ctx, layout.whole, decision, form_of(model, order.loss_fn), grain)
     return ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device),
                           holding_of(model, stages, layout, line))
@@ -191,7 +190,7 @@ class Programs:
     def _setting(self, shape: tuple[int, ...]) -> Setting:
         """The setting of the plan's stages, or of its only one."""
         layout = self._staging.layout if self._staging else None
-        stages = len(layout.starts) if layout else 1
+        stages = len(layout.places) if layout else 1
         setting = self._order.request.setting(self._order.cluster, shape, stages=stages)
         if layout is None:
             return setting

@@ -20,7 +20,7 @@ from autopar.passes.layout import itemsize, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.problem import Setting
 from autopar.passes.strategies import Storage
-from autopar.solver.assembly import Entry, Instance, Place, Run, Tie
+from autopar.solver.assembly import Entry, Instance, Place, Run, Tie, waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,19 @@ class Assembly:
 
 def assembly_of(executable: Executable, setting: Setting, schedule: Schedule) -> Assembly:
     """The assembly problem of a lowered program in a setting with stages."""
-    pipe = Pipe(setting.stages, setting.stages, setting.micro_batches)
+    pipe = pipe_of(schedule, setting)
     calls = _calls(executable, setting)
     lowered = [id(call.lowered) for call in executable.calls]
     runs = [list(run) for run in _alike(calls, lowered)]
     made = tuple(Run(executable.calls[run[0]].segment.name, len(run), (calls[run[0]].entry,), calls[run[0]].sent,
                      calls[run[-1]].sent) for run in runs)
     return Assembly(Instance(made, _places(setting, pipe, schedule), setting.micro_batches,
-                             _ties(executable, runs, setting)), calls)
+                             _ties(executable, runs, setting), pipe.devices), calls)
+
+
+def pipe_of(schedule: Schedule, setting: Setting) -> Pipe:
+    """The pipeline of a setting: by the schedule "looped" with a stage more than there are places."""
+    return Pipe(setting.stages + (schedule == "looped"), setting.stages, setting.micro_batches)
 
 
 def _alike(calls: Sequence[Costed], lowered: Sequence[int]) -> list[list[int]]:
@@ -112,13 +117,14 @@ def _step_seconds(decision: Decision, node: fx.Node, setting: Setting) -> float:
 def _places(setting: Setting, pipe: Pipe, schedule: Schedule) -> tuple[Place, ...]:
     """Where each stage runs."""
     size, found = setting.mesh.size, []
+    shown = waits(pipe.stages) if schedule == "1f1b" else (0.0,) * pipe.stages
+    parts = [setting.layout[j * size:(j + 1) * size] for j in range(pipe.devices)]
     for j in range(pipe.stages):
-        mine = setting.layout[j * size:(j + 1) * size]
-        following = setting.layout[(j + 1) * size:(j + 2) * size]
+        mine, following = (parts[i % pipe.devices] for i in (j, j + 1))
         alpha, beta = stage_link(setting.cluster, tuple(zip(mine, following, strict=False)))
         here = slowest([setting.cluster.devices[d] for d in mine])
         slow = setting.device.matmul_flops("bf16") / here.matmul_flops("bf16")
-        found.append(Place(setting.budget_of(mine), slow, in_flight(schedule, pipe, j), alpha, beta))
+        found.append(Place(setting.budget_of(mine), slow, in_flight(schedule, pipe, j), alpha, beta, shown[j]))
     return tuple(found)
 
 

@@ -89,14 +89,15 @@ class Step:
     given: list[Values]
     seed: tuple[int, int]
     scale: float
-    before_backward: Callable[[bool], None]
+    before_backward: Callable[[int, bool, bool], None]
     flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
     coming: dict[Action, Message] = field(default_factory=dict)
     losses: list[Values] = field(default_factory=list)
 
     def play(self, order: Sequence[Action]) -> None:
         """Run all actions."""
-        backwards = [action for action in order if action.phase == "backward"]
+        last = {action.stage: action for action in order if action.phase == "backward"}
+        end = order[-1]
         for action, following in zip(order, [*order[1:], None], strict=True):
             self._expect(action)
             if following is not None:
@@ -104,7 +105,7 @@ class Step:
             if action.phase == "forward":
                 self._forward(action)
             else:
-                self.before_backward(action is backwards[-1])
+                self.before_backward(action.stage, action is last[action.stage], action is end)
                 self._backward(action)
         self.line.post.finish()
 
@@ -170,13 +171,15 @@ def _gradient(leaf: Tensor, passed: Tensor | None) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """Runs steps on one rank. `parameters` are those it holds, by name; `shared` the groups of ranks of other stages
-    that hold the same part of one, for those that several stages read."""
+    that hold the same part of one, for those that several stages read; `wrapped` by stage, and `rest`, what FSDP2
+    takes care of."""
 
     line: Line
     run: Run
     parameters: Callable[[], dict[str, nn.Parameter]]
     shared: dict[str, Group]
-    wrapped: tuple[FSDPModule, ...]
+    wrapped: dict[int, tuple[FSDPModule, ...]]
+    rest: tuple[FSDPModule, ...]
 
     def __call__(self, staged: Staged, given: Values, seed: tuple[int, int], device: torch.device) -> Values:
         """The program's outputs; the loss brings the gradients along when its backward is called."""
@@ -184,7 +187,7 @@ class Pipeline:
         order = actions(staged.schedule, staged.pipe, self.line.place)
         parts = self._parts(staged, given)
         if not training:
-            step = Step(staged, self.line, run, parts, seed, scale, lambda _: None)
+            step = Step(staged, self.line, run, parts, seed, scale, lambda *_: None)
             with torch.no_grad():
                 step.play([action for action in order if action.phase == "forward"])
             return self._told(staged, step)
@@ -202,12 +205,14 @@ class Pipeline:
         return {node: _with_gradients(value, kept, list(held.values()), scale)
                 for node, value in self._told(staged, step).items()}
 
-    def _before_backward(self, last: bool) -> None:
-        """Gradients are scattered, and what is kept gathered let go of, in the last backward of a step alone."""
-        for module in self.wrapped:
-            module.set_is_last_backward(last)
-            module.set_requires_gradient_sync(last, recurse=False)
-            module.set_reshard_after_backward(last, recurse=False)
+    def _before_backward(self, stage: int, last: bool, end: bool) -> None:
+        """Gradients are scattered, and what is kept gathered let go of, in the last backward of a stage alone; those of
+        several stages in that of the step."""
+        for modules, now in ((self.wrapped[stage], last), (self.rest, end)):
+            for module in modules:
+                module.set_is_last_backward(end)
+                module.set_requires_gradient_sync(now, recurse=False)
+                module.set_reshard_after_backward(now, recurse=False)
 
     def _parts(self, staged: Staged, given: Values) -> list[Values]:
         """What each micro-batch is given: its samples, the counts of the whole batch, and all else as it is."""

@@ -43,7 +43,7 @@ class Port:
 class Stage:
     """Stage `index`: an executable of its calls alone, the values that come in and that go out.
 
-    `sums` has for each parameter the axes over which its gradient is summed once a step.
+    `sums` has for each parameter of its place the axes over which its gradient is summed once a step.
     """
 
     index: int
@@ -73,16 +73,20 @@ def cut_at(starts: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
     return (*places, len(names))
 
 
-def stages_of(executable: Executable, places: Sequence[int]) -> tuple[Stage, ...]:
-    """The stages that hold calls `places[j]` to `places[j + 1]` - 1 each."""
+def stages_of(executable: Executable, bounds: Sequence[int], places: int) -> tuple[Stage, ...]:
+    """The stages that hold calls `bounds[j]` to `bounds[j + 1]` - 1 each, stage j at place j modulo `places`."""
     decision = executable.decision
-    crossing = [_crossing(executable, place) for place in places]
-    calls, sums = zip(*(_without_sums(executable.calls[a:b], decision)
-                        for a, b in itertools.pairwise(places)), strict=True)
-    outputs = frozenset(executable.outputs)
-    return tuple(Stage(j, _part(executable, places[j], calls[j], crossing[j + 1], outputs),
-                       _ports(crossing[j], decision), _ports(crossing[j + 1], decision), sums[j])
-                 for j in range(len(places) - 1))
+    crossing = [_crossing(executable, bound) for bound in bounds]
+    parts = list(itertools.pairwise(bounds))
+    outputs, found = frozenset(executable.outputs), dict[int, Stage]()
+    for place in range(places):
+        mine = list(enumerate(parts))[place::places]
+        calls, sums = _without_sums([call for _, (a, b) in mine for call in executable.calls[a:b]])
+        left = iter(calls)
+        for j, (a, b) in mine:
+            part = _part(executable, a, tuple(itertools.islice(left, b - a)), crossing[j + 1], outputs)
+            found[j] = Stage(j, part, _ports(crossing[j], decision), _ports(crossing[j + 1], decision), sums)
+    return tuple(found[j] for j in range(len(parts)))
 
 
 def ports_behind(executable: Executable) -> list[tuple[Port, ...]]:
@@ -117,7 +121,7 @@ def _part(executable: Executable, first: int, calls: tuple[Call, ...], sent: Seq
 
 # Sums of gradients
 
-def _without_sums(calls: Sequence[Call], decision: Decision) -> tuple[tuple[Call, ...], dict[str, Axes]]:
+def _without_sums(calls: Sequence[Call]) -> tuple[tuple[Call, ...], dict[str, Axes]]:
     """The calls without the sums that can be made later, and these by parameter."""
     asked: dict[str, set[Axes | None]] = {}
     for call in calls:

@@ -28,56 +28,58 @@ from autopar.passes.micro import Micro
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Stages that begin with the segments `starts`, each on a mesh of `shape`; all `devices`, stage by stage."""
+    """Stages that begin with the segments `starts`, on meshes of `shape`: stage v at place v modulo the number of
+    `places`, each its devices in order."""
 
     starts: tuple[str, ...]
     shape: tuple[int, ...]
-    devices: tuple[int, ...]
+    places: tuple[tuple[int, ...], ...]
     micro_batches: int
     schedule: Schedule
 
     @property
     def size(self) -> int:
-        """Devices of a stage."""
-        return len(self.devices) // len(self.starts)
+        """Devices of a place."""
+        return len(self.places[0])
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """All devices, place by place."""
+        return tuple(device for place in self.places for device in place)
 
     @property
     def pipe(self) -> Pipe:
         """The pipeline's stages and micro-batches."""
-        return Pipe(len(self.starts), len(self.starts), self.micro_batches)
-
-    def of(self, stage: int) -> tuple[int, ...]:
-        """The devices of a stage."""
-        return self.devices[stage * self.size:(stage + 1) * self.size]
+        return Pipe(len(self.starts), len(self.places), self.micro_batches)
 
     @property
     def columns(self) -> tuple[tuple[int, ...], ...]:
-        """The devices that hand values on to each other, from stage to stage."""
-        return tuple(zip(*(self.of(j) for j in range(len(self.starts))), strict=True))
+        """The devices that hand values on to each other, from place to place."""
+        return tuple(zip(*self.places, strict=True))
 
     @property
     def place(self) -> int:
-        """The stage of this rank."""
+        """The place of this rank."""
         return self.devices.index(dist.get_rank()) // self.size
 
     @property
     def whole(self) -> Mesh:
-        """All devices, the stages along the last axis."""
-        return Mesh((*self.shape, len(self.starts)), tuple(rank for column in self.columns for rank in column))
+        """All devices, the places along the last axis."""
+        return Mesh((*self.shape, len(self.places)), tuple(rank for column in self.columns for rank in column))
 
 
 def device_mesh_of(layout: Layout, kind: str) -> DeviceMesh:
     """The torch mesh of this rank's stage; collective."""
     names = ("stage", *(f"a{axis}" for axis in range(len(layout.shape))))
-    whole = DeviceMesh(kind, torch.tensor(layout.devices).reshape(len(layout.starts), *layout.shape),
+    whole = DeviceMesh(kind, torch.tensor(layout.places).reshape(len(layout.places), *layout.shape),
                        mesh_dim_names=names)
     return whole[names[1:]]
 
 
 def line_of(layout: Layout, device: torch.device) -> Line:
     """Where this rank stands; collective."""
-    inside = [connect(Mesh(layout.shape, layout.of(j))) for j in range(len(layout.starts))][layout.place]
-    column = connect(Mesh((len(layout.starts), layout.size), layout.devices), [(0,)]).group((0,))
+    inside = [connect(Mesh(layout.shape, place)) for place in layout.places][layout.place]
+    column = connect(Mesh((len(layout.places), layout.size), layout.devices), [(0,)]).group((0,))
     return Line(layout.place, column, inside, Post(connect_cuts(layout.columns, len(layout.starts)), device))
 
 
@@ -92,18 +94,23 @@ class Staging:
         """The stages of a lowered program that run here; ranks bring different samples along `axes` of the whole mesh.
         """
         decision, across = executable.decision, len(self.layout.shape)
-        stage = every_stage(executable, self.layout)[self.layout.place]
+        stages = here(every_stage(executable, self.layout), self.layout)
         placeholders = decision.context.segmented.factored.program.placeholders("input")
         samples = batched(placeholders)
         cut = frozenset(n for n, shape in zip(placeholders, samples.shapes, strict=True) if samples.has(shape))
-        return Staged(decision, (stage,), self.layout.pipe, self.layout.schedule, micro.counts,
+        return Staged(decision, stages, self.layout.pipe, self.layout.schedule, micro.counts,
                       tuple(axis for axis in axes if axis < across), across in axes, cut)
 
 
 def every_stage(executable: Executable, layout: Layout) -> tuple[Stage, ...]:
     """All stages of a lowered program."""
     names = [call.segment.name for call in executable.calls]
-    return stages_of(executable, cut_at(layout.starts, names))
+    return stages_of(executable, cut_at(layout.starts, names), len(layout.places))
+
+
+def here(stages: Sequence[Stage], layout: Layout) -> tuple[Stage, ...]:
+    """Those of all stages that run on this rank."""
+    return tuple(stages[layout.place::len(layout.places)])
 
 
 def holding_of(plain: nn.Module, stages: Sequence[Stage], layout: Layout, line: Line) -> Holding:
@@ -111,21 +118,27 @@ def holding_of(plain: nn.Module, stages: Sequence[Stage], layout: Layout, line: 
     readers: dict[str, list[int]] = {name: [] for name in held_by(plain)}
     for stage in stages:
         for name in _read(stage):
-            readers[name].append(stage.index)
-    holders = {name: found or [0] for name, found in readers.items()}
-    first = {name: layout.of(found[0])[0] for name, found in holders.items()}
-    tellers = {name: first[name] for name, found in holders.items()
-               if not any(0 in layout.of(stage) for stage in found)}
-    shared = _shared(holders, layout)
-    here = stages[layout.place]
+            readers[name].append(stage.index % len(layout.places))
+    holders = {name: sorted(set(found)) or [0] for name, found in readers.items()}
+    tellers = {name: layout.places[found[0]][0] for name, found in holders.items()
+               if not any(0 in layout.places[place] for place in found)}
+    shared, mine = _shared(holders, layout), here(stages, layout)
 
     def pipeline(body: Body, parameters: Callable[[], Any]) -> Pipeline:
-        wrapped = tuple(module for module in body.modules() if isinstance(module, FSDPModule))
-        return Pipeline(line, body, lambda: dict(parameters()), shared, wrapped)
+        wrapped = {stage.index: _wrapped(body, stage) for stage in mine}
+        apart = {module for modules in wrapped.values() for module in modules}
+        rest = tuple(m for m in body.modules() if isinstance(m, FSDPModule) and m not in apart)
+        return Pipeline(line, body, lambda: dict(parameters()), shared, wrapped, rest)
 
     return Holding(frozenset(name for name, found in holders.items() if layout.place in found),
-                   frozenset(call.segment.name for call in here.executable.calls),
+                   frozenset(call.segment.name for stage in mine for call in stage.executable.calls),
                    {name: len(found) * layout.size for name, found in holders.items()}, tellers, pipeline)
+
+
+def _wrapped(body: Body, stage: Stage) -> tuple[FSDPModule, ...]:
+    """What FSDP2 takes care of in a stage alone."""
+    groups = (group for call in stage.executable.calls for group in body.by_segment.get(call.segment.name, ()))
+    return tuple(group for group in groups if isinstance(group, FSDPModule))
 
 
 def _read(stage: Stage) -> list[str]:
@@ -140,11 +153,11 @@ def _shared(holders: dict[str, list[int]], layout: Layout) -> dict[str, Group]:
     """For each parameter that several stages hold, the ranks that hold the same part of it; collective."""
     made: dict[tuple[int, ...], Communicator] = {}
     found = {}
-    for name, stages in holders.items():
-        key = tuple(stages)
+    for name, places in holders.items():
+        key = tuple(places)
         if len(key) > 1:
             if key not in made:
-                devices = tuple(device for stage in key for device in layout.of(stage))
+                devices = tuple(device for place in key for device in layout.places[place])
                 made[key] = connect(Mesh((len(key), layout.size), devices), [(0,)])
             if layout.place in key:
                 found[name] = made[key].group((0,))

@@ -13,10 +13,13 @@ A program is a sequence of runs r of n_r equal segments. Stage j of S takes n[j,
                 s[j,r] ≤ N[j,r] ≤ n_r · s[j,r]                                      s tells what is begun
                 s[j,r+1] ≤ d[j,r]                                                   runs are begun one by one
     crossing    c[j] = α_j + β_j · Σ_r (inside_r · (s[j,r] − d[j,r]) + after_r · (d[j,r] − s[j,r+1]))   seconds one way
-    slowest     P ≥ T[j] + wait_j · c[j],  T[j] = slow_j · Σ (forward_e + backward_e) · n[j,r,e]
-    finishing   Y ≥ Σ step_e · n[j,r,e]
-    remember    Σ (static_e + flight_j · saved_e) · n[j,r,e] + w[j] ≤ budget_j,  w[j] ≥ working_e for every entry there
-    tied        t ≥ d[j,a] − s[j,b] for tied runs a < b: there is a stage by whose end a is done and b not begun
+    slowest     P ≥ Σ_{j on device} (T[j] + wait_j · c[j]),  T[j] = slow_j · Σ (forward_e + backward_e) · n[j,r,e]
+    finishing   Y ≥ Σ_{j on device} Σ step_e · n[j,r,e]
+    remember    Σ_{j on device} (Σ (static_e + flight_j · saved_e) · n[j,r,e] + w[j]) ≤ budget of the device,
+                w[j] ≥ working_e for every entry there
+    tied        t ≥ d[j,a] − s[j,b] for tied runs a < b: there is a stage by whose end a is done and b not begun;
+                where the last stage is with the first: t ≥ 1 − d[0,a] and t ≥ s[S−2,b], a is on the first and b on
+                the last
 
     minimise    Σ_j (T[j] + 2 c[j]) + (M − 1) · P + Y + Σ_tied seconds · t
 
@@ -84,16 +87,27 @@ class Place:
     flight: int = 1
     latency_s: float = 0.0
     s_per_byte: float = 0.0
+    wait: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """An assembly problem: runs in order, a place a stage, micro-batches a step."""
+    """An assembly problem: runs in order, a place a stage, micro-batches a step; stage j is on device j mod `devices`,
+    of which there are as many as stages, or one less."""
 
     runs: tuple[Run, ...]
     places: tuple[Place, ...]
     micro_batches: int
     ties: tuple[Tie, ...] = ()
+    devices: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "devices", self.devices or len(self.places))
+        assert self.devices in (len(self.places), len(self.places) - 1), f"{len(self.places)} stages on {self.devices}"
+
+    def on(self, device: int) -> range:
+        """The stages on a device."""
+        return range(device, len(self.places), self.devices)
 
     @property
     def segments(self) -> int:
@@ -107,7 +121,8 @@ Taken = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Priced:
-    """What an assembly comes to: a step's seconds and their parts; by stage seconds a micro-batch and bytes."""
+    """What an assembly comes to: a step's seconds and their parts; by stage seconds a micro-batch and bytes, by device
+    bytes."""
 
     seconds: float
     period: float
@@ -116,6 +131,7 @@ class Priced:
     stages: tuple[float, ...]
     nbytes: tuple[float, ...]
     crossing: tuple[float, ...]
+    held: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +164,14 @@ def price(instance: Instance, taken: Taken) -> Priced:
         nbytes.append(sum((e.static + place.flight * e.saved) * n for e, n in used)
                       + max((e.working for e, _ in used), default=0.0))
     crossing = [_crossed(instance, taken, j) for j in range(len(taken) - 1)]
-    period = max(t + wait * c for t, wait, c in zip(seconds, waits(len(taken)), [*crossing, 0.0], strict=True))
-    apart = sum(tie.seconds for tie in instance.ties if _apart(taken, tie))
+    period = max(sum(seconds[j] + instance.places[j].wait * [*crossing, 0.0][j] for j in instance.on(device))
+                 for device in range(instance.devices))
+    last = max(sum(finish[j] for j in instance.on(device)) for device in range(instance.devices))
+    apart = sum(tie.seconds for tie in instance.ties if _apart(instance, taken, tie))
     sent = 2.0 * sum(crossing)
-    total = sum(seconds) + sent + (instance.micro_batches - 1) * period + max(finish) + apart
-    return Priced(total, period, max(finish) + apart, sent, tuple(seconds), tuple(nbytes), tuple(crossing))
+    total = sum(seconds) + sent + (instance.micro_batches - 1) * period + last + apart
+    held = tuple(sum(nbytes[j] for j in instance.on(device)) for device in range(instance.devices))
+    return Priced(total, period, last + apart, sent, tuple(seconds), tuple(nbytes), tuple(crossing), held)
 
 
 def _crossed(instance: Instance, taken: Taken, j: int) -> float:
@@ -166,7 +185,10 @@ def _crossed(instance: Instance, taken: Taken, j: int) -> float:
     raise AssertionError(f"nothing is before cut {j}")
 
 
-def _apart(taken: Taken, tie: Tie) -> bool:
+def _apart(instance: Instance, taken: Taken, tie: Tie) -> bool:
+    if instance.devices < len(taken):
+        return sum(taken[0][tie.first]) < instance.runs[tie.first].count or any(sum(stage[tie.second])
+                                                                               for stage in taken[:-1])
     last = max(j for j, stage in enumerate(taken) if sum(stage[tie.first]))
     return last < min(j for j, stage in enumerate(taken) if sum(stage[tie.second]))
 
@@ -231,20 +253,25 @@ def in_order(draft: Draft) -> None:
 
 def remember(draft: Draft) -> None:
     """No device holds more than its budget; in GiB."""
-    for j, (place, stage) in enumerate(zip(draft.instance.places, draft.n, strict=True)):
-        if math.isinf(place.budget):
-            continue
-        working = draft.model.amount(f"w({j})")
-        for run, entries in zip(draft.instance.runs, stage, strict=True):
-            for e, (entry, x) in enumerate(zip(run.entries, entries, strict=True)):
-                if entry.working:
-                    used = draft.model.choice(f"u({j},{run.name},{e})")
-                    draft.model.at_most([(x, 1.0), (used, -run.count)], 0.0)
-                    draft.model.at_least([(working, 1.0), (used, -entry.working / GIB)], 0.0)
-        held = [(x, (entry.static + place.flight * entry.saved) / GIB)
-                for run, entries in zip(draft.instance.runs, stage, strict=True)
-                for entry, x in zip(run.entries, entries, strict=True)]
-        draft.model.at_most([*held, (working, 1.0)], place.budget / GIB)
+    for device in range(draft.instance.devices):
+        budget = draft.instance.places[device].budget
+        if math.isfinite(budget):
+            draft.model.at_most([term for j in draft.instance.on(device) for term in _held(draft, j)], budget / GIB)
+
+
+def _held(draft: Draft, j: int) -> Terms:
+    """The GiB of stage j."""
+    place, stage, working = draft.instance.places[j], draft.n[j], draft.model.amount(f"w({j})")
+    for run, entries in zip(draft.instance.runs, stage, strict=True):
+        for e, (entry, x) in enumerate(zip(run.entries, entries, strict=True)):
+            if entry.working:
+                used = draft.model.choice(f"u({j},{run.name},{e})")
+                draft.model.at_most([(x, 1.0), (used, -run.count)], 0.0)
+                draft.model.at_least([(working, 1.0), (used, -entry.working / GIB)], 0.0)
+    held = [(x, (entry.static + place.flight * entry.saved) / GIB)
+            for run, entries in zip(draft.instance.runs, stage, strict=True)
+            for entry, x in zip(run.entries, entries, strict=True)]
+    return [*held, (working, 1.0)]
 
 
 def _seconds(draft: Draft, j: int) -> Terms:
@@ -276,16 +303,18 @@ def _sums(draft: Draft) -> Iterator[tuple[Variable, float]]:
 
 def _period(draft: Draft) -> Terms:
     slowest = draft.model.amount("P")
-    for j, wait in enumerate(waits(len(draft.n))):
-        terms = [(x, -units) for x, units in [*_seconds(draft, j), *_crossing(draft, j, wait)]]
+    for device in range(draft.instance.devices):
+        terms = [(x, -units) for j in draft.instance.on(device)
+                 for x, units in [*_seconds(draft, j), *_crossing(draft, j, draft.instance.places[j].wait)]]
         draft.model.at_least([(slowest, 1.0), *terms], 0.0)
     return [(slowest, draft.instance.micro_batches - 1.0)]
 
 
 def _finish(draft: Draft) -> Terms:
     last = draft.model.amount("Y")
-    for stage in draft.n:
-        terms = [(x, -entry.step / draft.model.unit) for run, entries in zip(draft.instance.runs, stage, strict=True)
+    for device in range(draft.instance.devices):
+        terms = [(x, -entry.step / draft.model.unit) for j in draft.instance.on(device)
+                 for run, entries in zip(draft.instance.runs, draft.n[j], strict=True)
                  for entry, x in zip(run.entries, entries, strict=True)]
         draft.model.at_least([(last, 1.0), *terms], 0.0)
     return [(last, 1.0)]
@@ -294,6 +323,11 @@ def _finish(draft: Draft) -> Terms:
 def _ties(draft: Draft) -> Iterator[tuple[Variable, float]]:
     for i, tie in enumerate(draft.instance.ties):
         apart = draft.model.amount(f"t({i})")
+        if draft.instance.devices < len(draft.n):
+            draft.model.at_least([(apart, 1.0), (draft.done[0][tie.first], 1.0)], 1.0)
+            draft.model.at_least([(apart, 1.0), (draft.begun[-2][tie.second], -1.0)], 0.0)
+            yield apart, tie.seconds / draft.model.unit
+            continue
         for begun, done in zip(draft.begun, draft.done, strict=True):
             draft.model.at_least([(apart, 1.0), (done[tie.first], -1.0), (begun[tie.second], 1.0)], 0.0)
         yield apart, tie.seconds / draft.model.unit

@@ -6,6 +6,8 @@ for each device the actions in their order:
     gpipe        all forwards, then all backwards; a stage keeps M micro-batches
     1f1b         S - 1 - j forwards ahead, then one forward and one backward in turn; stage j keeps min(M, S - j)
     interleaved  1f1b over V = S / P stages a device, P micro-batches of one stage after those of the other
+    looped       S = P + 1: the last stage is with the first, so that what embedding and head share has one owner; the
+                 order is that of a play in which a backward goes first, then the latest stage
 
 Sources: Huang et al. 2019 (gpipe), Narayanan et al. 2019 (1f1b), Narayanan et al. 2021 (interleaved).
 """
@@ -19,7 +21,7 @@ from typing import Literal
 
 from autopar.core.errors import AutoparError, UnknownName
 
-Schedule = Literal["gpipe", "1f1b", "interleaved"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "looped"]
 Phase = Literal["forward", "backward"]
 
 
@@ -41,14 +43,14 @@ class Pipe:
     micro_batches: int
 
     def __post_init__(self) -> None:
-        if min(self.stages, self.devices, self.micro_batches) < 1 or self.stages % self.devices:
+        if min(self.devices, self.micro_batches) < 1 or self.stages < self.devices:
             raise AutoparError(f"{self.stages} stages on {self.devices} devices with {self.micro_batches} micro-batches"
-                               ": needed are as many stages on each device and at least one micro-batch")
+                               ": needed are a stage on each device and at least one micro-batch")
 
     @property
     def chunks(self) -> int:
-        """Stages a device."""
-        return self.stages // self.devices
+        """Stages a device, of the device that has most."""
+        return -(-self.stages // self.devices)
 
 
 def _gpipe(pipe: Pipe, device: int) -> list[Action]:
@@ -79,8 +81,47 @@ def _interleaved(pipe: Pipe, device: int) -> list[Action]:
     return _alternating(forwards, backwards, min(total, (p - 1 - device) * 2 + (v - 1) * p))
 
 
+SHORT = 0.1
+"""The nominal length of the last stage, by which the first is shorter; of others 1, of backwards twice as much."""
+SPARE = 2
+"""Micro-batches that a stage may keep beyond those that stages from it on could work on: they bridge its waits."""
+
+
+def _looped(pipe: Pipe, device: int) -> list[Action]:
+    return [span.action for span in _looped_play(pipe) if span.device == device]
+
+
+@lru_cache(maxsize=64)
+def _looped_play(pipe: Pipe) -> tuple[Span, ...]:
+    """A play of nominal lengths: of what is ready a device does a backward first, then the latest stage."""
+    length = [1.0 - SHORT] + [1.0] * (pipe.stages - 2) + [SHORT]
+    left = {Action(phase, stage, m) for phase in ("forward", "backward") for stage in range(pipe.stages)
+            for m in range(pipe.micro_batches)}
+    timing = Timing(tuple(length), tuple(2.0 * each for each in length), (0.0,) * (pipe.stages - 1))
+    ends, free, kept = dict[Action, float](), [0.0] * pipe.devices, [0] * pipe.stages
+    following = {(phase, stage): 0 for phase in ("forward", "backward") for stage in range(pipe.stages)}
+    spans: list[Span] = []
+    while len(spans) < len(left):
+        best: tuple[float, int, int, Action] | None = None
+        for (phase, stage), m in following.items():
+            ready = _ready(Action(phase, stage, m), pipe, timing, ends) if m < pipe.micro_batches else None
+            if ready is None or (phase == "forward" and kept[stage] > pipe.stages + SPARE - stage):
+                continue
+            start = max(ready, free[stage % pipe.devices])
+            rank = (start, 0 if phase == "backward" else 1, -stage, Action(phase, stage, m))
+            best = rank if best is None or rank[:3] < best[:3] else best
+        assert best is not None, f"{pipe} waits for itself"
+        action, device = best[3], best[3].stage % pipe.devices
+        free[device] = ends[action] = best[0] + timing.seconds(action)
+        kept[action.stage] += 1 if action.phase == "forward" else -1
+        following[action.phase, action.stage] += 1
+        spans.append(Span(action, device, best[0], free[device]))
+    return tuple(sorted(spans, key=lambda span: (span.start_s, span.end_s)))
+
+
 _MAKERS: dict[Schedule, Callable[[Pipe, int], list[Action]]] = {
-    "gpipe": _gpipe, "1f1b": _one_forward_one_backward, "interleaved": _interleaved}
+    "gpipe": _gpipe, "1f1b": _one_forward_one_backward, "interleaved": _interleaved,
+    "looped": _looped}
 SCHEDULES: tuple[Schedule, ...] = tuple(_MAKERS)
 
 
@@ -90,6 +131,12 @@ def check_schedule(name: str, pipe: Pipe) -> None:
         raise UnknownName("schedule", name, list(_MAKERS))
     if name == "1f1b" and pipe.chunks > 1:
         raise AutoparError(f"schedule 1f1b has one stage a device, here are {pipe.chunks}; use interleaved")
+    if name in ("gpipe", "interleaved") and pipe.stages % pipe.devices:
+        raise AutoparError(f"schedule {name} has as many stages on each device, here are {pipe.stages} on "
+                           f"{pipe.devices}; use looped, or stages that divide by the devices")
+    if name == "looped" and pipe.stages != pipe.devices + 1:
+        raise AutoparError(f"schedule looped has one stage more than devices, here are {pipe.stages} on "
+                           f"{pipe.devices}; use 1f1b or interleaved")
     if name == "interleaved" and pipe.micro_batches % pipe.devices:
         raise AutoparError(f"schedule interleaved wants micro-batches that divide by the {pipe.devices} devices of the "
                            f"pipeline, here are {pipe.micro_batches}; use "
