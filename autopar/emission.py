@@ -14,7 +14,7 @@ from autopar.core.mesh import Mesh
 from autopar.passes.capture import Program
 from autopar.passes.decision import Context
 from autopar.plan import Plan
-from autopar.planner import annotated, check_origin, decision_of, setting_of
+from autopar.planner import annotated, check_one_stage, check_origin, decision_of, setting_of
 
 
 def text_of(plan: Plan, program: Program | Context, cluster: Cluster, path: str) -> str:
@@ -24,6 +24,7 @@ def text_of(plan: Plan, program: Program | Context, cluster: Cluster, path: str)
     """
     ctx = annotated(program, plan)
     check_origin(plan, ctx, cluster)
+    check_one_stage(plan, "written as a program")
     decision, setting = decision_of(plan, ctx), setting_of(plan, cluster)
     executable = build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta")))
     return program_text(executable, Title(_title(plan), Path(path).name))
