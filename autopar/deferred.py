@@ -14,8 +14,8 @@ from autopar.codegen.offers import Offer, check_modes, digest, grown_to
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
-from autopar.early_state import follow
 from autopar.programs import Order, compiled
+from autopar.stepping import follow
 
 
 class DeferredModule(nn.Module):
@@ -32,6 +32,7 @@ class DeferredModule(nn.Module):
         kind = launch.device().type
         self._waiting = {name: whole_everywhere(p, kind) for name, p in plain.named_parameters()}
         self.training = plain.training
+        follow(self, plain)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compile for these arguments if none have come before, then run."""
@@ -54,7 +55,7 @@ class DeferredModule(nn.Module):
         call = pytree.tree_map_only(Tensor, lambda x: grown_to(x, rows, grown), (args, kwargs))
         made = compiled(self._plain[0].train(self.training), call, self._order)
         made.adopt(self._waiting)
-        follow(made)
+        follow(made, self._plain[0])
         self._plain.clear()  # its memory is that of a whole model
         return made
 

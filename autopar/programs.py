@@ -40,6 +40,7 @@ from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
 from autopar.planner import Report, Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
 from autopar.ranks import on_rank_zero, together
+from autopar.stepping import follow
 
 log = logging.getLogger("autopar")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -78,6 +79,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
                   form_of(model, order.loss_fn))
     module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
     module.plan = made
+    follow(module, model)
     if order.draws == "by kernel" and any(_drops(node) for node in ctx.segmented.factored.program.graph.nodes):
         log.info("dropout inside of attention is drawn by its kernels, another mask on each rank; exact_dropout=True "
                  "draws the same under every plan")

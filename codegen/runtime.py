@@ -229,6 +229,10 @@ class ParallelModule(nn.Module):
                 held[name].copy_(value)
         return nn.modules.module._IncompatibleKeys(missing, extra)
 
+    def plain_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter in the plain model; it may rest in another."""
+        return self._stored[name].shape
+
     def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0,
                 drop_last: bool = False) -> DistributedSampler[Any]:
         """torch's distributed sampler, with the same samples for ranks that the plan wants to have the same.
