@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DistributedSampler
 
 from autopar import launch
-from autopar.codegen.offers import Offer, check_modes, digest, grown_to
+from autopar.codegen.offers import Offer, digest, gathered, grown_to
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
@@ -41,12 +41,15 @@ class DeferredModule(nn.Module):
         return self._made[0](*args, **kwargs)
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
-        leaves = pytree.tree_leaves((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-        rows = tensors[0].shape[0] if tensors else 0
-        rest = [(x.shape[0] == rows, *x.shape[1:]) for x in tensors]
-        offers = Offer(1, int(self.training), rows, digest([rest, len(leaves)]), digest(leaves)).told()
-        check_modes(offers)
+        tensors: list[Tensor] = []
+
+        def offer() -> Offer:
+            leaves = pytree.tree_leaves((args, kwargs))
+            tensors[:] = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+            rest = [(x.shape[0] == rows_of(tensors), *x.shape[1:]) for x in tensors]
+            return Offer(1, int(self.training), rows_of(tensors), digest([rest, len(leaves)]), digest(leaves))
+
+        offers, rows = gathered(offer), rows_of(tensors)
         if len({offer.rest for offer in offers}) > 1:
             raise AutoparError(f"the ranks' inputs have different shapes, here {[list(x.shape) for x in tensors]}; "
                                "pass batches of one shape")
@@ -105,3 +108,8 @@ class DeferredModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's."""
         return self._current().load_state_dict(*args, **kwargs)
+
+
+def rows_of(tensors: list[Tensor]) -> int:
+    """The number of samples, 0 where there is no tensor: the first dim of the first."""
+    return tensors[0].shape[0] if tensors else 0

@@ -22,6 +22,7 @@ from autopar.codegen.executable import Executable, batch_spec, build
 from autopar.codegen.lower import Target
 from autopar.codegen.offers import batched, grown_to
 from autopar.codegen.parameters import device_mesh
+from autopar.codegen.ranks import on_rank_zero, together
 from autopar.codegen.runtime import ParallelModule, Site
 from autopar.codegen.site import Draws
 from autopar.core.cluster import Cluster
@@ -39,7 +40,6 @@ from autopar.passes.rules.nodes import attention_dropout
 from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
 from autopar.planner import Report, Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
-from autopar.ranks import on_rank_zero, together
 from autopar.stepping import follow
 
 log = logging.getLogger("autopar")
@@ -172,9 +172,9 @@ class Programs:
         decision = self._decision(training, call)
         assert self._communicator is not None
         price = self._order.cluster.pricer(decision.mesh)
-        lowered = build(Target(decision, self._communicator, price, launch.device(), input_specs(decision, axes),
-                               self._order.draws))
-        return COMPILERS[self._order.compiler](lowered)
+        target = Target(decision, self._communicator, price, launch.device(), input_specs(decision, axes),
+                        self._order.draws)
+        return together(lambda: COMPILERS[self._order.compiler](build(target)))
 
 
 def _shapes(call: Call) -> tuple[Any, ...]:

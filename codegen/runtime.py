@@ -82,7 +82,7 @@ class Body(nn.Module):
                 rest = iter(passed)
                 return each.run(*(held[name] if name else next(rest) for name in each.parameters), *seeds[i])
 
-            read = {name: shared[name] for name in each.parameters if name in shared}  # others would get zeros from FSDP2
+            read = {name: shared[name] for name in each.parameters if name in shared}  # FSDP2 gives others zeros
             return nested(self.by_segment.get(each.segment.name, ()), run, read, inputs)
 
         return call
