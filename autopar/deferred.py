@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.data import DistributedSampler
 from autopar import launch
 from autopar.codegen.offers import Offer, digest, gathered, grown_to
 from autopar.codegen.parameters import whole_everywhere
-from autopar.codegen.runtime import ParallelModule
+from autopar.codegen.runtime import ParallelModule, not_pickled
 from autopar.core.errors import AutoparError
 from autopar.programs import Order, compiled
 from autopar.stepping import follow
@@ -29,6 +30,7 @@ class DeferredModule(nn.Module):
         self._plain: list[nn.Module] = [plain]
         self._order = order
         self._made: list[ParallelModule] = []
+        self._kin = [self]
         kind = launch.device().type
         self._waiting = {name: whole_everywhere(p, kind) for name, p in plain.named_parameters()}
         self.training = plain.training
@@ -37,10 +39,10 @@ class DeferredModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compile for these arguments if none have come before, then run."""
         if not self._made:
-            self._made.append(self._compile(args, kwargs))
+            self._compile(args, kwargs)
         return self._made[0](*args, **kwargs)
 
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors: list[Tensor] = []
 
         def offer() -> Offer:
@@ -56,11 +58,36 @@ class DeferredModule(nn.Module):
         whole = self._order.batch == "global" or (self._order.batch is None and len(set(offers)) == 1)
         grown = rows if whole else max(offer.rows for offer in offers) * len(offers)
         call = pytree.tree_map_only(Tensor, lambda x: grown_to(x, rows, grown), (args, kwargs))
-        made = compiled(self._plain[0].train(self.training), call, self._order)
+        made = compiled(self.plain.train(self.training), call, self._order)
+        for each in self._kin:
+            each.take(made if each is self else made.beside(each.plain, self._order.material.values(
+                each.plain, launch.device())))
+        self._kin.clear()
+
+    def take(self, made: ParallelModule) -> None:
+        """Be `made` from now on."""
         made.adopt(self._waiting)
-        follow(made, self._plain[0])
+        made.train(self.training)
+        follow(made, self.plain)
+        self._made.append(made)
         self._plain.clear()  # its memory is that of a whole model
+
+    @property
+    def plain(self) -> nn.Module:
+        """The model as it was given; none once it is compiled."""
+        return self._plain[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Another model, compiled together with this one where it is not yet."""
+        if self._made:
+            return copy.deepcopy(self._made[0], memo)
+        made = memo[id(self)] = DeferredModule(copy.deepcopy(self.plain), self._order)
+        made._kin = self._kin
+        self._kin.append(made)
         return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise not_pickled(self)
 
     def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0,
                 drop_last: bool = False) -> DistributedSampler[Any]:

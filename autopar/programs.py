@@ -76,7 +76,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     ways = _ways(decision, order.batch)
     plans = Plans(programs.executable, ctx.segmented.factored.program, mesh, ways,
                   batch_axes(decision) if batch_axes(decision) in ways else (), additive(ctx),
-                  form_of(model, order.loss_fn))
+                  form_of(model, order.loss_fn), programs.twin)
     module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
     module.plan = made
     follow(module, model)
@@ -109,7 +109,7 @@ class Programs:
     """The programs of one model, by training mode and shapes: captured, decided and lowered when first needed."""
 
     def __init__(self, twin: nn.Module, call: Call, order: Order) -> None:
-        self._twin, self._call, self._order = twin, call, order
+        self.twin, self._call, self._order = twin, call, order
         self._first: list[Decision] = []
         self._decisions: dict[tuple[bool, tuple[Any, ...]], Decision] = {}
         self._communicator: Communicator | None = None
@@ -144,7 +144,7 @@ class Programs:
     def _context(self, training: bool, call: Call) -> Context:
         """The annotated program. Raises AutoparError on all ranks."""
         def annotated() -> Context:
-            model = self._twin.train(training)
+            model = self.twin.train(training)
             with hushed():
                 program = capture(model, call, self._order.precision, self._order.loss_fn, self._order.returns)
             return checked(prepare(replace(program, stored=self._order.stored)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopar.codegen.calls import Form, arranged, check_leaf
@@ -48,7 +48,8 @@ class Plans:
     """Where executables come from: `make(training, call, axes)` plans and lowers one; collective.
 
     `program` is what was compiled, `ways` the axes along which ranks may bring different samples, `cut` those of them
-    along which the plan wants them so; `adds` tells which inputs mark samples that count for nothing.
+    along which the plan wants them so; `adds` tells which inputs mark samples that count for nothing; `like` is the
+    plain model without values.
     """
 
     make: Callable[[bool, Any, Axes], Executable]
@@ -58,6 +59,7 @@ class Plans:
     cut: Axes
     adds: Additive
     form: Form
+    like: nn.Module
 
 
 @dataclass(eq=False)

@@ -120,8 +120,9 @@ def check_modes(offers: list[Offer]) -> None:
     """Raises AutoparError where some ranks train and others evaluate, or do something else altogether."""
     away = {offer.rest if offer.fits == ELSEWHERE else UNKNOWN for offer in offers}
     if len(away) > 1:
-        raise AutoparError("some ranks call the model while others save, load or gather its state; save_checkpoint, "
-                           "load_checkpoint and full_state_dict are for all ranks together: call them on each")
+        raise AutoparError("some ranks call the model while others save, load, copy or gather its state; "
+                           "save_checkpoint, load_checkpoint, full_state_dict and copy.deepcopy are for all ranks "
+                           "together: call them on each")
     training = [rank for rank, offer in enumerate(offers) if offer.training]
     if training and len(training) < len(offers):
         named = f"{', '.join(map(str, training[:4]))}{', ...' if len(training) > 4 else ''}"

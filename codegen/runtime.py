@@ -95,7 +95,7 @@ class ParallelModule(nn.Module):
 
     def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: Values) -> None:
         super().__init__()
-        self._site, self._batches = site, batches
+        self._site, self._batches, self._decision = site, batches, decision
         self._names = [name for name, _ in plain.named_parameters()]
         self._stored = stored_parameters(plain, decision)
         self._buffer_names = [name for name, _ in plain.named_buffers()]
@@ -230,6 +230,26 @@ class ParallelModule(nn.Module):
                 held[name].copy_(value)
         return nn.modules.module._IncompatibleKeys(missing, extra)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """Another model under the same plan, with parameters and buffers of its own; collective."""
+        meet("copy.deepcopy")
+        held = {name: to_plain(p, self._stored[name]) for name, p in self.named_parameters()} | dict(
+            self.named_buffers())
+        made = memo[id(self)] = self.beside(self._batches.plans.like.train(self.training), held.__getitem__)
+        for mine, other in zip(self.parameters(), made.parameters(), strict=True):
+            other.requires_grad_(mine.requires_grad)
+        made.set_random_state(self.random_state())
+        return made
+
+    def beside(self, plain: nn.Module, values: Values) -> ParallelModule:
+        """A model like `plain`, which is like this one, under the same plan; collective."""
+        made = ParallelModule(plain, self._decision, self._site, self._batches, values)
+        made.plan = self.plan
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise not_pickled(self)
+
     def plain_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter in the plain model; it may rest in another."""
         return self._stored[name].shape
@@ -267,6 +287,12 @@ class ParallelModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mesh {self._site.communicator.mesh}, {len(self._names)} parameters"
+
+
+def not_pickled(model: nn.Module) -> AutoparError:
+    """What is said of a model that is to be pickled, as `torch.save(model)` does."""
+    return AutoparError(f"a compiled model ({type(model).__name__}) is bound to its ranks and can't be pickled; save "
+                        "model.full_state_dict(), or a checkpoint by autopar.save_checkpoint, and compile again")
 
 
 def _share(grad: Tensor) -> float:
