@@ -18,9 +18,9 @@ from autopar.codegen.calls import form_of
 from autopar.codegen.communicator import Axes, Communicator, connect
 from autopar.codegen.compiled import COMPILERS, Compiler
 from autopar.codegen.control import all_equal
-from autopar.codegen.executable import Executable, batch_spec, build
+from autopar.codegen.executable import Executable, build, input_specs
 from autopar.codegen.lower import Target
-from autopar.codegen.offers import batched, grown_to
+from autopar.codegen.offers import grown_to
 from autopar.codegen.parameters import device_mesh
 from autopar.codegen.ranks import on_rank_zero, together
 from autopar.codegen.runtime import ParallelModule, Site
@@ -28,7 +28,6 @@ from autopar.codegen.site import Draws
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, CaptureError
 from autopar.core.mesh import Mesh
-from autopar.core.spec import Spec
 from autopar.hush import hushed
 from autopar.material import Material
 from autopar.passes.additive import additive
@@ -232,11 +231,3 @@ def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
     if plan.program_key != key:
         raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {key} of "
                            f"{order.request.model}; the model or the shapes of its inputs differ: plan again")
-
-
-def input_specs(decision: Decision, axes: Axes) -> dict[fx.Node, Spec]:
-    """Every input that has the samples, cut along them over `axes`."""
-    placeholders = decision.context.segmented.factored.program.placeholders("input")
-    samples = batched(placeholders)
-    cut = [n for n, shape in zip(placeholders, samples.shapes, strict=True) if samples.has(shape)]
-    return {n: batch_spec(decision.context.rank(n), axes) for n in cut} if axes else {}

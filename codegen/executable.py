@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autopar.codegen.communicator import Communicator, Group
+from autopar.codegen.communicator import Axes, Communicator, Group
 from autopar.codegen.lower import Lowered, Target, lower
+from autopar.codegen.offers import batched
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
 from autopar.passes.decision import Decision
@@ -140,6 +141,14 @@ def _freed(calls: tuple[Call, ...]) -> tuple[tuple[fx.Node, ...], ...]:
 def batch_spec(rank: int, axes: tuple[int, ...]) -> Spec:
     """An input whose samples are cut over `axes`."""
     return Spec((axes, *((),) * (rank - 1)))
+
+
+def input_specs(decision: Decision, axes: Axes) -> dict[fx.Node, Spec]:
+    """Every input that has the samples, cut along them over `axes`."""
+    placeholders = decision.context.segmented.factored.program.placeholders("input")
+    samples = batched(placeholders)
+    cut = [n for n, shape in zip(placeholders, samples.shapes, strict=True) if samples.has(shape)]
+    return {n: batch_spec(decision.context.rank(n), axes) for n in cut} if axes else {}
 
 
 def seeds_of(base: int, step: int, segments: int, device: torch.device) -> tuple[Tensor, ...]:
