@@ -14,6 +14,7 @@ from autopar import launch
 from autopar.arguments import one_of, read_budget, read_cluster, read_counts, read_mesh, read_pins, read_plan
 from autopar.codegen.batches import BatchKind
 from autopar.codegen.compiled import COMPILERS, Compiler, compiler_for
+from autopar.codegen.ranks import check_alike, together
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.deferred import DeferredModule
@@ -30,7 +31,6 @@ from autopar.plan import Plan
 from autopar.planner import Request, check_shapes, prepare, with_stages
 from autopar.profiling import Costs
 from autopar.programs import Call, LossFn, Order, candidates, compiled, solve_best
-from autopar.ranks import check_alike, together
 from autopar.solver.model import SOLVERS
 
 Inputs = Any

@@ -17,12 +17,13 @@ from autopar.codegen.arrivals import input_specs
 from autopar.codegen.batches import Batches, BatchKind, Plans
 from autopar.codegen.calls import Form, form_of
 from autopar.codegen.communicator import Axes, Communicator, connect
-from autopar.codegen.compiled import COMPILERS, RECORDS, Compiler
+from autopar.codegen.compiled import BY_STAGE, COMPILERS, RECORDS, Compiler
 from autopar.codegen.control import all_equal
 from autopar.codegen.executable import Executable, build
 from autopar.codegen.lower import Target
 from autopar.codegen.offers import grown_to
 from autopar.codegen.parameters import device_mesh
+from autopar.codegen.ranks import on_rank_zero, together
 from autopar.codegen.runtime import ParallelModule, Site
 from autopar.codegen.site import Draws
 from autopar.codegen.staging import Layout, Staging, device_mesh_of, every_stage, holding_of, line_of
@@ -47,7 +48,7 @@ from autopar.plan import Plan
 from autopar.plan_cache import kept_in, solve_or_recall
 from autopar.planner import Report, Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
 from autopar.profiling import Bench, Costs, profiled
-from autopar.ranks import on_rank_zero, together
+from autopar.stepping import follow
 
 log = logging.getLogger("autopar")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,6 +89,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
         plans = _plans(programs, ctx, mesh, decision, form_of(model, order.loss_fn))
         module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
     module.plan = made
+    follow(module, model)
     if order.draws == "by kernel" and any(_drops(node) for node in ctx.segmented.factored.program.graph.nodes):
         log.info("dropout inside of attention is drawn by its kernels, another mask on each rank; exact_dropout=True "
                  "draws the same under every plan")
@@ -98,7 +100,8 @@ def _plans(programs: Programs, ctx: Context, mesh: Mesh, decision: Decision, for
     """Where executables come from; `mesh` holds all ranks, those of the decision's axes first."""
     ways = _ways(batch_axes(decision), tuple(mesh.axes), programs.kind)
     return Plans(programs.executable, ctx.segmented.factored.program, mesh, ways,
-                 batch_axes(decision) if batch_axes(decision) in ways else (), additive(ctx), form, grain)
+                 batch_axes(decision) if batch_axes(decision) in ways else (), additive(ctx), form, programs.twin,
+                 grain)
 
 
 def _pipelined(model: nn.Module, made: Plan, ctx: Context, programs: Programs, order: Order) -> ParallelModule:
@@ -142,7 +145,7 @@ class Programs:
     """The programs of one model, by training mode and shapes: captured, decided and lowered when first needed."""
 
     def __init__(self, twin: nn.Module, call: Call, order: Order) -> None:
-        self._twin, self._call, self._order = twin, call, order
+        self.twin, self._call, self._order = twin, call, order
         self._first: list[Decision] = []
         self._decisions: dict[tuple[bool, tuple[Any, ...]], Decision] = {}
         self._communicator: Communicator | None = None
@@ -216,7 +219,7 @@ class Programs:
     def _context(self, training: bool, call: Call) -> Context:
         """The annotated program. Raises AutoparError on all ranks."""
         def annotated() -> Context:
-            model = self._twin.train(training)
+            model = self.twin.train(training)
             with hushed():
                 program = capture(model, call, self._order.precision, self._order.loss_fn, self._order.returns)
             program = replace(program, stored=self._order.stored, head=self._order.head)
@@ -248,12 +251,12 @@ class Programs:
         decision = self._decision(training, call)
         assert self._communicator is not None
         inner = tuple(axis for axis in axes if axis < len(decision.mesh.shape))
-        lowered = build(Target(decision, self._communicator, self.price, launch.device(), input_specs(decision, inner),
-                               self._order.draws, "outside"))
+        target = Target(decision, self._communicator, self.price, launch.device(), input_specs(decision, inner),
+                        self._order.draws, "outside")
         if self._staging is None:
-            return COMPILERS[self._order.compiler](lowered)
-        staged = self._staging.staged(lowered, self._cuts[training, _shapes(call)], axes)
-        return staged.compiled(COMPILERS[self._order.compiler])  # type: ignore[return-value]
+            return together(lambda: COMPILERS[self._order.compiler](build(target)))
+        staged = self._staging.staged(build(target), self._cuts[training, _shapes(call)], axes)
+        return together(lambda: staged.compiled(BY_STAGE[self._order.compiler]))  # type: ignore[return-value]
 
 
 def _shapes(call: Call) -> tuple[Any, ...]:

@@ -69,7 +69,7 @@ class ParallelModule(nn.Module):
     def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: FirstValues,
                  holding: Holding | None = None) -> None:
         super().__init__()
-        self._site, self._batches = site, batches
+        self._site, self._batches, self._decision = site, batches, decision
         self._holding = holding or whole_holding(plain, decision)
         self._every = {name: (tuple(t.shape), t.dtype) for name, t in held_by(plain).items()}
         self._names = [name for name, _ in plain.named_parameters() if name in self._holding.names]
@@ -228,6 +228,30 @@ class ParallelModule(nn.Module):
                 held[name].copy_(value)
         return nn.modules.module._IncompatibleKeys(missing, extra)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """Another model under the same plan, with parameters and buffers of its own; collective."""
+        meet("copy.deepcopy")
+        held = {name: to_plain(p, self._stored[name]) for name, p in self.named_parameters()} | dict(
+            self.named_buffers())
+        made = memo[id(self)] = self.beside(self._batches.plans.like.train(self.training), held.__getitem__)
+        for mine, other in zip(self.parameters(), made.parameters(), strict=True):
+            other.requires_grad_(mine.requires_grad)
+        made.set_random_state(self.random_state())
+        return made
+
+    def beside(self, plain: nn.Module, values: FirstValues) -> ParallelModule:
+        """A model like `plain`, which is like this one, under the same plan; collective."""
+        made = ParallelModule(plain, self._decision, self._site, self._batches, values, self._holding)
+        made.plan = self.plan
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise not_pickled(self)
+
+    def plain_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter in the plain model; it may rest in another."""
+        return self._stored[name].shape
+
     def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0,
                 drop_last: bool = False) -> DistributedSampler[Any]:
         """torch's distributed sampler, with the same samples for ranks that the plan wants to have the same.
@@ -262,6 +286,12 @@ class ParallelModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mesh {self._site.communicator.mesh}, {len(self._names)} parameters"
+
+
+def not_pickled(model: nn.Module) -> AutoparError:
+    """What is said of a model that is to be pickled, as `torch.save(model)` does."""
+    return AutoparError(f"a compiled model ({type(model).__name__}) is bound to its ranks and can't be pickled; save "
+                        "model.full_state_dict(), or a checkpoint by autopar.save_checkpoint, and compile again")
 
 
 def _share(grad: Tensor, ranks: int) -> float:
