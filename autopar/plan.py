@@ -17,7 +17,7 @@ from autopar.core.presets import MOST_DEVICES
 from autopar.core.reading import check_path, read_as
 from autopar.difference import Difference, changes
 from autopar.listing import listing
-from autopar.planned import SECONDS, Bytes, PlannedOp, PlannedParameter, Seconds, Workload, check_finite
+from autopar.planned import SECONDS, Bytes, PlannedCheckpoint, PlannedOp, PlannedParameter, Seconds, Workload, check_finite
 
 FORMAT = "autopar plan 3"
 WORDS = ("model", "program_key", "cluster", "cluster_key", "mode", "precision", "optimizer", "status", "attention")
@@ -53,6 +53,7 @@ class Plan:
     solve_s: float
     workload: Workload
     peak_flops_per_s: float
+    checkpoints: tuple[PlannedCheckpoint, ...] = ()
 
     def __post_init__(self) -> None:
         check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
@@ -141,7 +142,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain lists and numbers; the keys are attributes."""
-        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)] for name in ("ops", "parameters")}
+        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)] for name in ("ops", "parameters", "checkpoints")}
         told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops")}
         plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **told, **rows}))
         return plain
@@ -158,11 +159,13 @@ class Plan:
                               entry(op, "strategy", str)) for op in entries(data, "ops", dict))
         parameters = tuple(PlannedParameter(*(entry(p, name, str) for name in ("name", "storage", "spec")))
                            for p in entries(data, "parameters", dict))
+        checkpoints = tuple(_checkpoint(each) for each in entries(data, "checkpoints", dict)) \
+            if "checkpoints" in data else ()
         seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
         held = entry(data, "memory_bytes", dict)
         memory = Bytes(*(entry(held, f.name, float) for f in dataclasses.fields(Bytes)))
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
-                   ops=ops, parameters=parameters, fallback_ops=entries(data, "fallback_ops", str))
+                   ops=ops, parameters=parameters, fallback_ops=entries(data, "fallback_ops", str), checkpoints=checkpoints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -207,7 +210,8 @@ class Plan:
 
     def __str__(self) -> str:
         """One line an op, equal layers once, then the summary."""
-        return f"{listing(self.ops, self.parameters)}\n\n{self.summary()}"
+        kept = "".join(f"\n{checkpoint}" for checkpoint in self.checkpoints)
+        return f"{listing(self.ops, self.parameters)}\n{kept}\n{self.summary()}"
 
     def summary(self) -> str:
         """Mesh, bytes by kind and the predicted step, in a few lines."""
@@ -238,6 +242,11 @@ def _said(axes: str) -> str:
     """What every axis does, once where all do the same: on meshes of any number of axes alike."""
     first, *rest = axes.split(",")
     return first if all(other == first for other in rest) else axes
+
+
+def _checkpoint(table: dict[str, Any]) -> PlannedCheckpoint:
+    return PlannedCheckpoint(*(entries(table, name, str) for name in ("segments", "names", "shown")),
+                             *(entry(table, name, float) for name in ("saved", "transient", "seconds")))
 
 
 def _workload(table: dict[str, Any]) -> Workload:

@@ -23,9 +23,7 @@ from autopar.codegen.marks import MARK
 aten = torch.ops.aten
 SMALL = 8
 """By how much a statistic is smaller than what it is of."""
-COSTLY = ("mm", "bmm", "addmm", "baddbmm", "convolution", "native_batch_norm", "cudnn_batch_norm", "sort", "topk",
-          "cumsum", "scaled_dot_product", "attention_with_dropout", "wait_tensor", "native_layer_norm", "_native_batch",
-          "_batch_norm", "linear", "conv", "embedding", "native_group_norm")
+COSTLY = ("mm", "bmm", "addmm", "baddbmm", "convolution", "sort", "topk", "cumsum", "scaled_dot_product", "attention_with_dropout", "wait_tensor")
 """Parts of the names of ops that run as kernels of their own."""
 PIERCED = {aten.view.default, aten.t.default, aten.transpose.int, aten.permute.default, aten.reshape.default,
            aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.detach.default,
@@ -76,6 +74,11 @@ class Joint:
         by_products = {node: f"{region}+" for node, region in self.regions.items()
                        if node not in self.called and _by_product(node, largest[region])}
         return by_products | {node: names[0] for node, names in self.called.items()}
+
+    @cached_property
+    def renamings(self) -> frozenset[fx.Node]:
+        """The nodes that are their first operand in another shape."""
+        return frozenset(node for node in self.module.graph.nodes if node.target in PIERCED)
 
     @property
     def ends(self) -> list[fx.Node]:

@@ -54,6 +54,18 @@ def marked(lowered: Lowered) -> fx.GraphModule:
 
 def names(lowered: Lowered) -> dict[fx.Node, str]:
     """What each node is called that a plan can keep."""
+    return _called(lowered)[0]
+
+
+def exported(lowered: Lowered) -> dict[str, fx.Node]:
+    """By their names, the values that leave the segment, as exports of the program."""
+    place = _called(lowered)[1]
+    results = lowered.module.graph.output_node().args[0]
+    return {place[made]: node for made, node in zip(results, lowered.exports, strict=True)}  # type: ignore[arg-type]
+
+
+def _called(lowered: Lowered) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
+    """The names of what a plan can keep, and for every node the name of what it is or is made from."""
     first, nodes = lowered.segment.first, lowered.module.graph.nodes
     inputs = [node for node in nodes if node.op == "placeholder"]
     place = {node: f"x{i}" for i, node in enumerate(inputs)}
@@ -66,7 +78,7 @@ def names(lowered: Lowered) -> dict[fx.Node, str]:
             found[node] = name
         sources = node.all_input_nodes
         place.setdefault(node, name or (place[sources[0]] if sources else node.name))
-    return found
+    return found, place
 
 
 def _name(node: fx.Node, place: dict[fx.Node, str], first: int) -> str | None:

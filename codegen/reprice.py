@@ -16,6 +16,9 @@ from torch import Tensor, fx, nn
 
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.executable import Call, Executable
+from autopar.codegen.marks import names
+from autopar.codegen.retained import Rates, Retained, fuses, retained
+from autopar.core.checkpoint import keep
 from autopar.core.reshard import MOVES_DATA, Primitive
 from autopar.core.sharding import Priced, Sums
 from autopar.core.spec import Spec
@@ -56,13 +59,15 @@ class _Phase:
 
 @dataclass(slots=True)
 class _Tally:
-    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies."""
+    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies,
+    `made` the seconds of making what `marks` names."""
 
     share: float
     forward: _Phase = field(default_factory=_Phase)
     backward: _Phase = field(default_factory=_Phase)
     saved: float = 0.0
     working: float = 0.0
+    made: dict[str, float] = field(default_factory=dict)
 
 
 class Shapes(fx.Interpreter):
@@ -87,36 +92,82 @@ class Shapes(fx.Interpreter):
 
 def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
     """Seconds a step and bytes a device of a lowered program."""
-    cache: dict[int, _Tally] = {}
     compute = inline = exposed = 0.0
-    tallies = []
+    tallies = tallied(executable, setting)
+    kept = saved_by(executable, setting, tallies)
+    for tally, each in zip(tallies, kept, strict=True):
+        for phase in (tally.forward, tally.backward):
+            work = phase.work + (each.seconds if phase is tally.backward else 0.0)
+            compute += work
+            inline += phase.inline
+            exposed += Sums(work, phase.inline, phase.hidden).exposed
+    memory = _fullest(executable, setting, tallies, kept)
+    return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
+
+
+def tallied(executable: Executable, setting: Setting) -> list[_Tally]:
+    """What each call comes to when it recomputes nothing."""
+    cache: dict[int, _Tally] = {}
     for call in executable.calls:
         if id(call.lowered) not in cache:
             cache[id(call.lowered)] = _tally(call, executable.decision, setting)
-        tally = cache[id(call.lowered)]
-        tallies.append(tally)
-        for phase in (tally.forward, tally.backward):
-            compute += phase.work
-            inline += phase.inline
-            exposed += Sums(phase.work, phase.inline, phase.hidden).exposed
-    memory = _fullest(executable, setting, tallies)
-    return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
+    return [cache[id(call.lowered)] for call in executable.calls]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one call holds from its forward to its backward in bytes, makes again in seconds, and holds meanwhile."""
+
+    saved: float
+    seconds: float = 0.0
+    transient: float = 0.0
+
+
+def saved_by(executable: Executable, setting: Setting, tallies: list[_Tally]) -> list[Held]:
+    """What each call holds: what the plan keeps, a value that crosses segments once, or else all results."""
+    kept = executable.decision.kept
+    if not kept:
+        return [Held(tally.saved) for tally in tallies]
+    found, seen = [], set[object]()
+    for place, (call, retained) in enumerate(zip(executable.calls, retained_by(executable, setting, tallies),
+                                                 strict=True)):
+        each = keep(retained.local, frozenset(kept[call.segment.name]))
+        total = 0.0
+        for v in each.saved:
+            identity = retained.identity(call, retained.local.values[v].name) or (place, v)
+            total += 0.0 if identity in seen else retained.local.values[v].nbytes
+            seen.add(identity)
+        found.append(Held(total, each.seconds, each.transient))
+    return found
+
+
+def retained_by(executable: Executable, setting: Setting, tallies: list[_Tally]) -> list[Retained]:
+    """What the backward of each call needs."""
+    device, fused = setting.device, fuses(setting)
+    cache: dict[int, Retained] = {}
+    for call, tally in zip(executable.calls, tallies, strict=True):
+        if id(call.lowered) not in cache:
+            rates = Rates(tally.made, device.memory_bytes_per_s, fused)
+            cache[id(call.lowered)] = retained(call.lowered, executable.decision, rates)
+    return [cache[id(call.lowered)] for call in executable.calls]
 
 
 def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
     lowered = call.lowered
     shapes = Shapes(lowered.module)
     with torch.no_grad():
-        shapes.run(*_arguments(call, decision), torch.empty((), dtype=torch.int64, device="meta"))
+        seed = torch.empty((), dtype=torch.int64, device="meta")
+        shapes.run(*_arguments(call, decision), *[seed] * (1 + lowered.host_seeded))
     tally = _Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
     by_op: dict[int, list[fx.Node]] = {}
     for node in lowered.module.graph.nodes:
         if "op" in node.meta:
             by_op.setdefault(node.meta["op"], []).append(node)
         elif node.op == "call_module":
-            _add_communication(node, shapes, tally, decision, setting)
+            _add_communication(node, shapes, tally, decision, setting, names(lowered))
+    called = names(lowered)
     for index, nodes in by_op.items():
-        _add_op(decision.context.segmented.ops[index], nodes, shapes, tally, decision, setting)
+        _add_op(decision.context.segmented.ops[index], nodes, shapes, tally, decision, setting, called)
     for node in lowered.segment.externals:
         if node in decision.storage:
             _add_gather(node, tally, decision, setting)
@@ -140,7 +191,8 @@ def _arguments(call: Call, decision: Decision) -> list[Tensor]:
     return made
 
 
-def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting,
+                       called: dict[fx.Node, str]) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
         names = {n.name for n in decision.context.gradients}
@@ -154,6 +206,7 @@ def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: D
         forward = setting.price(step.forward, step.axes, nbytes) if step.forward in MOVES_DATA else 0.0
         backward = setting.price(step.backward, step.axes, nbytes) if step.backward in MOVES_DATA else 0.0
         tally.forward.inline += forward
+        tally.made[called[node]] = tally.made.get(called[node], 0.0) + forward
         tally.backward.inline += backward if differentiable else 0.0
 
 
@@ -175,7 +228,8 @@ def _together(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nby
     return shared_seconds(setting.price, setting.mesh, primitive, axes, nbytes, share)
 
 
-def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting,
+            called: dict[fx.Node, str]) -> None:
     inside = set(nodes)
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n.name != "seed")
     made = {node.meta["origin"]: node for node in nodes}
@@ -190,7 +244,9 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decisio
     through = any(r.node in decision.context.gradients for r in op.results)
     sent = [exchange for node in nodes if node.op == "call_module" for exchange in shapes.sent[str(node.target)]]
     talk = exchange_seconds(sent, setting.price)
-    tally.forward.work += work.forward_seconds(device) + talk[0]
+    forward = work.forward_seconds(device) + talk[0]
+    tally.made.update((called[node], forward) for node in nodes if node in called)
+    tally.forward.work += forward
     tally.backward.work += work.backward_seconds(device) + talk[1] if through else 0.0
     made_here = zip(op.results, results, strict=True)
     tally.working = max(tally.working, nbytes)
@@ -214,7 +270,12 @@ def _optimizer_seconds(executable: Executable, setting: Setting) -> float:
                for node, storage in decision.storage.items() if node in decision.context.gradients)
 
 
-def _fullest(executable: Executable, setting: Setting, tallies: list[_Tally]) -> Memory:
+def copied(decision: Decision, node: fx.Node) -> bool:
+    """Whether a parameter's copy in the compute dtype is held whatever the segments keep: FSDP2 does so."""
+    return not decision.kept or bool(decision.storage[node].gathered)
+
+
+def _fullest(executable: Executable, setting: Setting, tallies: list[_Tally], saves: list[Held]) -> Memory:
     """The bytes of the fullest moment: the backward of each call in turn, of which the last comes first."""
     decision = executable.decision
     kept = {node: held(decision.context, node, storage, decision.mesh, setting.optimizer.state_bytes)
@@ -225,9 +286,10 @@ def _fullest(executable: Executable, setting: Setting, tallies: list[_Tally]) ->
     saved, gradients = 0.0, sum(h.gradient for h in kept.values())
     seen: set[fx.Node] = set()
     found = [Memory(parameters, gradients, state, 0.0, 0.0)]
-    for place, (tally, nodes) in enumerate(zip(tallies, read, strict=True)):
-        saved += tally.saved + sum(kept[node].copy for node in nodes if node not in seen)
+    for place, (tally, each, nodes) in enumerate(zip(tallies, saves, read, strict=True)):
+        saved += each.saved + sum(kept[node].copy for node in nodes if node not in seen and copied(decision, node))
         seen.update(nodes)
-        found.append(Memory(parameters, gradients, state, saved, tally.working + sum(kept[n].working for n in nodes)))
+        working = tally.working + each.transient + sum(kept[n].working for n in nodes)
+        found.append(Memory(parameters, gradients, state, saved, working))
         gradients -= sum(kept[node].gradient for node in nodes if last[node] == place)
     return max(found, key=lambda memory: memory.total)
