@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from autopar.codegen.executable import Executable, build, offline
+from autopar.codegen.executable import Call, Executable, build, offline
 from autopar.codegen.lower import Target
 from autopar.codegen.reprice import Memory, copied, reprice, retained_by, tallied
 from autopar.codegen.retained import Retained, fuses
@@ -105,9 +105,9 @@ def _shardings(problem: Problem, solver: str, limit_s: float) -> Iterator[tuple[
 def _sought(free: Instance, budget: float, solver: str, limit_s: float) -> Iterator[tuple[int, ...]]:
     """The best choices without a budget, then those where results are held and made again in parts."""
     yield optimise(free, solver, limit_s).choices
-    for held, again in PARTS:
+    for part, again in PARTS:
         nodes = tuple(replace(node, choices=tuple(
-            replace(c, saved=c.saved * held, backward=c.backward + again * c.forward * (c.saved > 0.0))
+            replace(c, saved=c.saved * part, backward=c.backward + again * c.forward * (c.saved > 0.0))
             for c in node.choices)) for node in free.nodes)
         with contextlib.suppress(Infeasible):
             yield optimise(replace(free, nodes=nodes, budget=budget), solver, limit_s).choices
@@ -119,7 +119,8 @@ def menus(decision: Decision, setting: Setting, solver: str = "cbc") -> Menus:
     executable = lowered(marked, setting)
     tallies = tallied(executable, setting)
     accounts = _Accounts(executable, setting)
-    locals_ = accounts.counted(retained_by(executable, setting, tallies))
+    every = retained_by(executable, setting, tallies)
+    locals_ = accounts.counted(every)
     found: list[tuple[list[int], float, float, float]] = []
     for place, tally in enumerate(tallies):
         figures = accounts.copies(place), accounts.gradient(place), tally.working + accounts.working(place)
@@ -128,14 +129,23 @@ def menus(decision: Decision, setting: Setting, solver: str = "cbc") -> Menus:
             found[-1][0].append(place)
         else:
             found.append(([place], *figures))
-    share = {id(local): 1.0 / len(locals_) for local in locals_} | {id(locals_[-1]): 1.0}  # the last runs at the fullest
+    share = {id(local): 1.0 / len(locals_) for local in locals_}
+    share[id(locals_[-1])] = 1.0  # its backward runs where most is held
     known = {id(local): tuple(sorted(menu(local, share[id(local)], solver), key=lambda kept: kept.nbytes))
              for local in {id(local): local for local in locals_}.values()}
     kept = tuple(known[id(locals_[places[0]])] for places, *_ in found)
+    counted = [(every[places[0]].local, locals_[places[0]]) for places, *_ in found]
     names = tuple(tuple(executable.calls[place].segment.name for place in places) for places, *_ in found)
-    stretches = tuple(Stretch(each[0], len(each), tuple(Entry(k.nbytes, k.transient, k.seconds) for k in entries),
-                              *figures) for each, entries, (_, *figures) in zip(names, kept, found, strict=True))
+    stretches = tuple(Stretch(each[0], len(each), tuple(_entry(k, *of) for k in entries), *figures)
+                      for each, entries, of, (_, *figures) in zip(names, kept, counted, found, strict=True))
     return Menus(executable, Step(stretches, accounts.base, setting.budget), names, kept)
+
+
+def _entry(kept: Kept, local: Local, counted: Local) -> Entry:
+    """What keeping comes to; a result that the next segment counts is there in the backward of its own too."""
+    twice = sum(local.values[v].nbytes - counted.values[v].nbytes for v in kept.saved
+                if local.values[v].name in kept.names)
+    return Entry(kept.nbytes, kept.transient + twice, kept.seconds)
 
 
 def lowered(decision: Decision, setting: Setting) -> Executable:
@@ -178,38 +188,39 @@ class _Accounts:
 
         By the one that takes it, or where several do by the one that makes it, then whatever is kept.
         """
-        calls, takers = self.executable.calls, dict[fx.Node, list[int]]()
+        calls, takers = self.executable.calls, dict[fx.Node | None, list[int]]()
         for place, (call, retained) in enumerate(zip(calls, every, strict=True)):
             for name in retained.entering:
-                identity = retained.identity(call, name)
-                assert identity is not None
-                takers.setdefault(identity, []).append(place)
+                takers.setdefault(retained.identity(call, name), []).append(place)
         always = {identity for identity, places in takers.items()
                   if len(places) > 1 or _needed(every[places[0]], calls[places[0]], identity)}
-        makers = {place: [node for node in (every[place].base(n) for n in call.exports) if len(takers.get(node, ())) > 1]
-                  for place, call in enumerate(calls)}
+        bases = [[every[place].base(n) for n in call.exports] for place, call in enumerate(calls)]
+        makers = {place: [n for n in made if len(takers.get(n, ())) > 1] for place, made in enumerate(bases)}
         for place, made in makers.items():
             for node in made:
                 taker = takers[node][0]
                 self.crossing[place] = self.crossing.get(place, 0.0) + _size(every[taker], calls[taker], node)
         elsewhere: dict[int, set[str]] = {}
         for call, retained in zip(calls, every, strict=True):
-            local = retained.local
-            free = {name for name in retained.leaving if retained.identity(call, name) in always}
-            free |= {name for name in retained.entering if len(takers[retained.identity(call, name)]) > 1}  # type: ignore[index]
-            known = elsewhere.setdefault(id(local), free)
-            known &= free
-        cache = {id(r.local): replace(r.local, values=tuple(
-            replace(v, nbytes=0.0) if v.name in elsewhere[id(r.local)] else v for v in r.local.values)) for r in every}
+            at = {name: retained.identity(call, name) for name in (*retained.leaving, *retained.entering)}
+            free = {name for name in retained.leaving if at[name] in always}
+            free |= {name for name in retained.entering if len(takers.get(at[name], ())) > 1}
+            elsewhere.setdefault(id(retained.local), free).intersection_update(free)
+        cache = {id(r.local): _without(r.local, elsewhere[id(r.local)]) for r in every}
         return [cache[id(r.local)] for r in every]
 
 
-def _needed(retained: Retained, call: object, identity: fx.Node) -> bool:
+def _without(local: Local, names: set[str]) -> Local:
+    """`local` in which values of these names take no memory."""
+    return replace(local, values=tuple(replace(v, nbytes=0.0) if v.name in names else v for v in local.values))
+
+
+def _needed(retained: Retained, call: Call, identity: fx.Node | None) -> bool:
     """Whether the backward needs a value that comes in whatever is kept."""
-    return any(value.needed and retained.identity(call, value.name) is identity  # type: ignore[arg-type]
+    return any(value.needed and retained.identity(call, value.name) is identity
                for value in retained.local.values if value.name in retained.entering)
 
 
-def _size(retained: Retained, call: object, identity: fx.Node) -> float:
+def _size(retained: Retained, call: Call, identity: fx.Node) -> float:
     return next(value.nbytes for value in retained.local.values if value.name in retained.entering
-                and retained.identity(call, value.name) is identity)  # type: ignore[arg-type]
+                and retained.identity(call, value.name) is identity)

@@ -17,7 +17,16 @@ from autopar.core.presets import MOST_DEVICES
 from autopar.core.reading import check_path, read_as
 from autopar.difference import Difference, changes
 from autopar.listing import listing
-from autopar.planned import SECONDS, Bytes, PlannedCheckpoint, PlannedOp, PlannedParameter, Seconds, Workload, check_finite
+from autopar.planned import (
+    SECONDS,
+    Bytes,
+    PlannedCheckpoint,
+    PlannedOp,
+    PlannedParameter,
+    Seconds,
+    Workload,
+    check_finite,
+)
 
 FORMAT = "autopar plan 3"
 WORDS = ("model", "program_key", "cluster", "cluster_key", "mode", "precision", "optimizer", "status", "attention")
@@ -142,7 +151,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain lists and numbers; the keys are attributes."""
-        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)] for name in ("ops", "parameters", "checkpoints")}
+        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)]
+                for name in ("ops", "parameters", "checkpoints")}
         told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops")}
         plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **told, **rows}))
         return plain
@@ -159,13 +169,13 @@ class Plan:
                               entry(op, "strategy", str)) for op in entries(data, "ops", dict))
         parameters = tuple(PlannedParameter(*(entry(p, name, str) for name in ("name", "storage", "spec")))
                            for p in entries(data, "parameters", dict))
-        checkpoints = tuple(_checkpoint(each) for each in entries(data, "checkpoints", dict)) \
-            if "checkpoints" in data else ()
+        checkpoints = tuple(map(_checkpoint, entries(data, "checkpoints", dict))) if "checkpoints" in data else ()
         seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
         held = entry(data, "memory_bytes", dict)
         memory = Bytes(*(entry(held, f.name, float) for f in dataclasses.fields(Bytes)))
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
-                   ops=ops, parameters=parameters, fallback_ops=entries(data, "fallback_ops", str), checkpoints=checkpoints)
+                   ops=ops, parameters=parameters, fallback_ops=entries(data, "fallback_ops", str),
+                   checkpoints=checkpoints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -245,8 +255,9 @@ def _said(axes: str) -> str:
 
 
 def _checkpoint(table: dict[str, Any]) -> PlannedCheckpoint:
-    return PlannedCheckpoint(*(entries(table, name, str) for name in ("segments", "names", "shown")),
-                             *(entry(table, name, float) for name in ("saved", "transient", "seconds")))
+    segments, names, shown = (entries(table, name, str) for name in ("segments", "names", "shown"))
+    saved, transient, seconds = (entry(table, name, float) for name in ("saved", "transient", "seconds"))
+    return PlannedCheckpoint(segments, names, shown, saved, transient, seconds)
 
 
 def _workload(table: dict[str, Any]) -> Workload:

@@ -30,8 +30,9 @@ class PlannedParameter:
 
 @dataclass(frozen=True, slots=True)
 class PlannedCheckpoint:
-    """What each of `segments`, which are equal, keeps for its backward: `names` as `codegen.marks` calls values, `shown`
-    by ops of the first one. Each holds `saved` bytes, makes the rest again in `seconds`, in `transient` bytes."""
+    """What each of `segments`, which are equal, keeps for its backward: `names` as `codegen.marks` calls values,
+    `shown` by ops of the first one. Each holds `saved` bytes, makes the rest again in `seconds`, in `transient` bytes.
+    """
 
     segments: tuple[str, ...]
     names: tuple[str, ...]

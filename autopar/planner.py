@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from autopar.budget import best_within, lowered
+from autopar.budget import best_within, lowered, recomputing
 from autopar.codegen.executable import Executable
 from autopar.codegen.reprice import Memory, reprice, saved_by, tallied
 from autopar.core.cluster import Cluster
@@ -152,9 +152,10 @@ def _sharded(ctx: Context, cluster: Cluster, request: Request, report: Report) -
             best = solution, problem, begun
     assert best is not None
     solution, problem, _ = best
+    executable = lowered(problem.decide(solution.choices), problem.setting)
     restrained = any(begun.bound.prices.byte.any() for _, begun in every) or len(every) < len(
         shapes_for(request, cluster))
-    return Found(problem, lowered(problem.decide(solution.choices), problem.setting), solution.seconds, min(least, solution.seconds), restrained)
+    return Found(problem, executable, solution.seconds, min(least, solution.seconds), restrained)
 
 
 def _recomputing(ctx: Context, cluster: Cluster, request: Request, known: Found | Infeasible, report: Report) -> Found:
@@ -384,15 +385,17 @@ def evaluation_storage(decision: Decision) -> dict[str, Storage]:
 
 
 def solve_pinned(ctx: Context, cluster: Cluster, request: Request, shape: tuple[int, ...],
-                 stored: dict[str, Storage]) -> Decision:
-    """The best decision for a program whose parameters rest as another's plan says."""
+                 stored: dict[str, Storage], recompute: bool = False) -> Decision:
+    """The best decision for a program whose parameters rest as another's plan says, within the budget if it is to
+    `recompute`. Raises Infeasible."""
     sources = ctx.segmented.factored.program.sources
     whole = Storage(("R",) * len(shape))
     pinned = {n.name: stored.get(sources[n.name].name, whole) for n in ctx.parameters()}
     setting = request.setting(cluster, shape, pinned)
     relaxed = replace(setting, mode=_relaxed(setting.mode), budget=float("inf"))
     problem = build(ctx, relaxed)
-    return problem.decide(optimise(problem.instance, request.solver).choices)
+    found = problem.decide(optimise(problem.instance, request.solver).choices)
+    return recomputing(found, setting, request.solver).executable.decision if recompute else found
 
 
 def _relaxed(mode: Mode) -> Mode:

@@ -155,14 +155,17 @@ class Programs:
             mesh, stored = self._first[0].mesh, evaluation_storage(self._first[0])
             ctx = self._context(training, call)
 
-            def make() -> str:
-                found = solve_pinned(ctx, self._order.cluster, self._order.request, mesh.shape, stored)
-                return json.dumps(found.assignments)
+            recompute = training and bool(self._first[0].kept)
 
-            assigned = tuple(tuple(a) for a in json.loads(on_rank_zero(make)))
+            def make() -> str:
+                found = solve_pinned(ctx, self._order.cluster, self._order.request, mesh.shape, stored, recompute)
+                return json.dumps([found.assignments, found.kept])
+
+            assignments, kept = json.loads(on_rank_zero(make))
             sources = ctx.segmented.factored.program.sources
             storage = {n: stored[sources[n.name].name] for n in ctx.parameters()}
-            self._decisions[key] = Decision(ctx, mesh, assigned, storage)
+            self._decisions[key] = Decision(ctx, mesh, tuple(map(tuple, assignments)), storage,
+                                            {segment: tuple(names) for segment, names in kept.items()})
         return self._decisions[key]
 
     def executable(self, training: bool, call: Call, axes: Axes) -> Executable:

@@ -23,7 +23,8 @@ from autopar.codegen.marks import MARK
 aten = torch.ops.aten
 SMALL = 8
 """By how much a statistic is smaller than what it is of."""
-COSTLY = ("mm", "bmm", "addmm", "baddbmm", "convolution", "sort", "topk", "cumsum", "scaled_dot_product", "attention_with_dropout", "wait_tensor")
+COSTLY = ("mm", "bmm", "addmm", "baddbmm", "convolution", "sort", "topk", "cumsum", "scaled_dot_product",
+          "attention_with_dropout", "wait_tensor")
 """Parts of the names of ops that run as kernels of their own."""
 PIERCED = {aten.view.default, aten.t.default, aten.transpose.int, aten.permute.default, aten.reshape.default,
            aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.detach.default,
@@ -45,7 +46,7 @@ class Joint:
         """The nodes that depend on a gradient."""
         found: set[fx.Node] = set()
         for node in self.module.graph.nodes:
-            if "tangents" in node.name and node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+            if ("tangents" in node.name and node.op == "placeholder") or any(n in found for n in node.all_input_nodes):
                 found.add(node)
         return frozenset(found)
 
@@ -95,7 +96,7 @@ class Joint:
         """What the backward takes of the forward, as `read` sees it."""
         found: dict[fx.Node, None] = {}
         for node in self.module.graph.nodes:
-            if node in self._live_backward or node in self.ends and node not in self.backward:
+            if node in self._live_backward or (node in self.ends and node not in self.backward):
                 for source in node.all_input_nodes:
                     if source not in self.backward:
                         found.update(dict.fromkeys(self._behind(source)))
@@ -193,7 +194,7 @@ def costly(node: fx.Node) -> bool:
 
 def _is_costly(target: Any) -> bool:
     name = getattr(target, "_opname", getattr(target, "__name__", ""))
-    return any(part == name or len(part) > 7 and part in name for part in COSTLY)
+    return any(part == name or (len(part) > 7 and part in name) for part in COSTLY)
 
 
 def size_of(node: fx.Node) -> int:

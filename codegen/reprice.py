@@ -129,13 +129,13 @@ def saved_by(executable: Executable, setting: Setting, tallies: list[_Tally]) ->
     if not kept:
         return [Held(tally.saved) for tally in tallies]
     found, seen = [], set[object]()
-    for place, (call, retained) in enumerate(zip(executable.calls, retained_by(executable, setting, tallies),
-                                                 strict=True)):
-        each = keep(retained.local, frozenset(kept[call.segment.name]))
+    needs = retained_by(executable, setting, tallies)
+    for place, (call, need) in enumerate(zip(executable.calls, needs, strict=True)):
+        each = keep(need.local, frozenset(kept[call.segment.name]))
         total = 0.0
         for v in each.saved:
-            identity = retained.identity(call, retained.local.values[v].name) or (place, v)
-            total += 0.0 if identity in seen else retained.local.values[v].nbytes
+            identity = need.identity(call, need.local.values[v].name) or (place, v)
+            total += 0.0 if identity in seen else need.local.values[v].nbytes
             seen.add(identity)
         found.append(Held(total, each.seconds, each.transient))
     return found

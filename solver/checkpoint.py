@@ -15,8 +15,8 @@
     minimise Σ_o seconds · R + Σ_v write · r + Σ_{o,u} seconds · z
              + price · (Σ_v bytes · s + share · Σ_{v that lands} bytes · r)
 
-With K integral the least s, r, R and z are 0 or 1, so only K is required to be. `share` is how much a byte that is there
-only while the segment's backward runs counts beside one that is kept: of `count` equal segments one runs at a time.
+With K integral the least s, r, R and z are 0 or 1, so only K is required to be. `share` is how much a byte that is
+there only while the segment's backward runs counts beside one that is kept: of many segments one runs at a time.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     y[g,e] ∈ {0, 1}      any does
 
     count   Σ_e n[g,e] = count of g,  n[g,e] ≤ count · y[g,e]
-    last    base + Σ_{h<g} S_h + Σ_{d≤e} n[g,d] · (saved_d + copies) + Σ_{h>g} G_h + (count − Σ_{d≤e} n[g,d] + y[g,e]) · gradient
-            + working + transient_e · y[g,e] ≤ budget                            the last segment that runs as e
+    last    base + Σ_{h<g} S_h + Σ_{d≤e} n[g,d] · (saved_d + copies) + Σ_{h>g} G_h
+            + (count − Σ_{d≤e} n[g,d] + y[g,e]) · gradient + working + transient_e · y[g,e] ≤ budget
+                                                                                 the last segment that runs as e
     first   base + Σ_{h<g} S_h + Σ_{d<e} n[g,d] · (saved_d + copies) + (saved_e + copies) · y[g,e] + Σ_{h>g} G_h
             + (count − Σ_{d<e} n[g,d]) · gradient + working + transient_e · y[g,e] ≤ budget      and the first one
     minimise Σ n · seconds

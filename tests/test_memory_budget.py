@@ -37,7 +37,7 @@ class Holding:
     """Counts bytes of distinct tensors that are saved for the backward, those of `known` ones aside."""
 
     def __init__(self, known: set[int]) -> None:
-        self.known, self.nbytes = known, 0
+        self.known = known
         self.seen: list[Tensor] = []
 
     def pack(self, x: Tensor) -> Tensor:
@@ -47,8 +47,12 @@ class Holding:
         if place not in self.known and not seed:
             self.known.add(place)
             self.seen.append(x)
-            self.nbytes += x.untyped_storage().nbytes()
         return x
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held now: FSDP2 takes gathered parameters out of their tensors."""
+        return sum(x.untyped_storage().nbytes() for x in self.seen)
 
 
 def step(case: Case, model: nn.Module) -> tuple[float, dict[str, Tensor], int]:
@@ -62,8 +66,9 @@ def step(case: Case, model: nn.Module) -> tuple[float, dict[str, Tensor], int]:
     holding = Holding({x.untyped_storage().data_ptr() for x in leaves})
     with torch.autograd.graph.saved_tensors_hooks(holding.pack, lambda x: x):
         loss = case.call(model)
+    nbytes = holding.nbytes
     loss.backward()
-    return float(loss.detach()), {n: whole(p.grad) for n, p in model.named_parameters()}, holding.nbytes
+    return float(loss.detach()), {n: whole(p.grad) for n, p in model.named_parameters()}, nbytes
 
 
 def budgeted(rank: int, world_size: int, name: str, budget: float,

@@ -4,8 +4,8 @@ Segments that are equal and follow each other are a `Stretch`; `counts[g][e]` of
 Within a stretch those that keep less come first: there is the least to be held when they run backward, and between
 its ends bytes along a stretch are never more than at the ends of the runs of one entry.
 
-    bytes in the backward of a segment = base + Σ_{it and those before} (saved + copies) + Σ_{it and those after} gradient
-                                         + working + transient
+    bytes in the backward of a segment = base + Σ_{it and those before} (saved + copies)
+                                         + Σ_{it and those after} gradient + working + transient
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """`count` equal segments in a row. `menu` is sorted by bytes saved, the fewest first; of each segment `copies` bytes
-    are held from its forward to its backward whatever the entry, `gradient` from its backward on, `working` meanwhile.
+    """`count` equal segments in a row. `menu` is sorted by bytes saved, the fewest first; of each segment `copies`
+    bytes are held from its forward to its backward whatever the entry, `gradient` from its backward on, `working`
+    meanwhile.
     """
 
     name: str
