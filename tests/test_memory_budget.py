@@ -49,10 +49,11 @@ class Holding:
             self.seen.append(x)
         return x
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are held now: FSDP2 takes gathered parameters out of their tensors."""
-        return sum(x.untyped_storage().nbytes() for x in self.seen)
+    def nbytes(self, model: Any) -> int:
+        """Bytes that are held now, of gathered parameters none: those that the backward begins with are still here."""
+        units = model._parameters_at.units.values()
+        gathered = {whole.untyped_storage().data_ptr() for unit in units for whole in unit.wholes.values()}
+        return sum(x.untyped_storage().nbytes() for x in self.seen if x.untyped_storage().data_ptr() not in gathered)
 
 
 def step(case: Case, model: nn.Module) -> tuple[float, dict[str, Tensor], int]:
@@ -66,7 +67,7 @@ def step(case: Case, model: nn.Module) -> tuple[float, dict[str, Tensor], int]:
     holding = Holding({x.untyped_storage().data_ptr() for x in leaves})
     with torch.autograd.graph.saved_tensors_hooks(holding.pack, lambda x: x):
         loss = case.call(model)
-    nbytes = holding.nbytes
+    nbytes = holding.nbytes(model)
     loss.backward()
     return float(loss.detach()), {n: whole(p.grad) for n, p in model.named_parameters()}, nbytes
 
