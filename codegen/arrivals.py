@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,11 @@ class Arrival:
     shape: tuple[int, ...]
     dtype: torch.dtype
     differentiable: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def blank(self, device: torch.device) -> Tensor:
         """A tensor like it, of zeros."""
