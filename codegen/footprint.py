@@ -89,15 +89,20 @@ def footprint(run: Run, given: Sequence[Arrival], seeds: int, device: torch.devi
 
 def _backward(results: list[Tensor], live: Live, held: int) -> int:
     """The most bytes of the backward of `results`, which are let go."""
-    ends = [x for x in results if x.requires_grad]
-    if not ends:
-        return 0
-    loss: Tensor = _Ends.apply(*ends)  # type: ignore[no-untyped-call]
+    loss = ends_of(results)
     results.clear()
-    ends.clear()
+    if loss is None:
+        return 0
     live.restart()
     loss.backward()
     return live.peak - held
+
+
+def ends_of(results: Sequence[Tensor]) -> Tensor | None:
+    """A loss whose backward is that of `results`, None where no gradient flows."""
+    ends = [x for x in results if x.requires_grad]
+    loss: Tensor | None = _Ends.apply(*ends) if ends else None  # type: ignore[no-untyped-call]
+    return loss
 
 
 def _own(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[int]:

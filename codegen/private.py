@@ -152,6 +152,39 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     return compiled  # type: ignore[no-any-return]
 
 
+def without_memory() -> Any:
+    """A context in which tensors are made without memory, on the CPU to all that asks. AOTAutograd takes the loss of
+    meta tensors for one without a gradient. It has no public name; the same in both versions.
+    """
+    from torch._subclasses import FakeTensorMode
+    return FakeTensorMode()
+
+
+def traced(run: Callable[..., Any], arguments: list[Tensor], keep: Callable[[str, fx.GraphModule], object],
+           partition: Callable[..., Any] | None = None) -> list[Tensor]:
+    """The results of `run(*arguments)`, traced by AOTAutograd with Inductor's decompositions.
+
+    Its forward and, once that runs, its backward are given to `keep`, parted by `partition` or as Inductor does.
+    `aot_function` has no public name; the same in both versions.
+    """
+    from functools import partial
+
+    from torch._functorch.aot_autograd import aot_function, make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def kept(name: str) -> Callable[[fx.GraphModule, Any], Callable[..., Any]]:
+        def compiler(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+            keep(name, graph)
+            return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+        return compiler
+
+    made = aot_function(lambda *inputs: tuple(run(*inputs)), fw_compiler=kept("forward"), bw_compiler=kept("backward"),
+                        partition_fn=partition or partial(min_cut_rematerialization_partition, compiler="inductor"),
+                        decompositions=select_decomp_table(), keep_inference_input_mutations=True)
+    return list(made(*arguments))
+
+
 def compiler_errors() -> tuple[type[Exception], ...]:
     """What Dynamo, AOTAutograd and Inductor raise when they can't compile."""
     from torch._dynamo import exc

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from autopar.codegen.arrivals import arrivals
 from autopar.codegen.executable import Executable
 from autopar.codegen.footprint import Footprint, Kernels, footprint
+from autopar.codegen.partitioned import compiled_footprint, parted
 from autopar.passes.moments import Held, held
 
 GRAIN = {"cuda": 512}
@@ -46,6 +47,17 @@ def eager_footprints(executable: Executable, kind: str) -> dict[int, Footprint]:
             given = arrivals(call.lowered, executable.decision, executable.target.inputs)
             run = Kernels(call.lowered.module, kind)
             found[id(call.lowered)] = footprint(run, given, 1 + call.lowered.host_seeded, grain=GRAIN.get(kind, 1))
+    return found
+
+
+def compiled_footprints(executable: Executable, kind: str) -> dict[int, Footprint]:
+    """The same, compiled by Inductor."""
+    found: dict[int, Footprint] = {}
+    for call in executable.calls:
+        if id(call.lowered) not in found:
+            given = arrivals(call.lowered, executable.decision, executable.target.inputs)
+            parts = parted(Kernels(call.lowered.module, kind), given, 1 + call.lowered.host_seeded)
+            found[id(call.lowered)] = compiled_footprint(parts, GRAIN.get(kind, 1))
     return found
 
 
