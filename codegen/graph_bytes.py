@@ -24,8 +24,8 @@ _VIEWS = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expan
           "squeeze", "alias", "detach", "as_strided", "split", "split_with_sizes", "unbind", "view_as", "diagonal",
           "wait_tensor", "_reshape_alias"}
 _INLINE = {"convert_element_type", "clone", "_to_copy", "to", "where", "full", "full_like", "iota", "arange",
-           "embedding", "index", "gather", "scalar_tensor", "constant_pad_nd", "empty", "zeros", "ones", "copy", "fma", "cat",
-           "slice_scatter", "lift_fresh_copy", "zeros_like", "ones_like", "bernoulli"}
+           "embedding", "index", "gather", "scalar_tensor", "constant_pad_nd", "empty", "zeros", "ones", "copy", "fma",
+           "cat", "slice_scatter", "lift_fresh_copy", "zeros_like", "ones_like", "bernoulli", "scatter"}
 """Ops that Inductor computes within a kernel as it does pointwise ones, though they have no such tag."""
 _REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "var_mean", "var", "any", "all", "argmax", "argmin", "prod",
                "prepare_softmax_online"}
