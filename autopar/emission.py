@@ -22,7 +22,7 @@ def text_of(plan: Plan, program: Program | Context, cluster: Cluster, path: str)
 
     Raises AutoparError when the plan is for another model or cluster.
     """
-    ctx = annotated(program)
+    ctx = annotated(program, plan)
     check_origin(plan, ctx, cluster)
     decision, setting = decision_of(plan, ctx), setting_of(plan, cluster)
     executable = build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta")))

@@ -21,9 +21,10 @@ from autopar.core.observed import Observed, factors_of
 from autopar.core.sharding import Instance, Priced, Solution
 from autopar.passes.capture import KEPT, Program, Stored
 from autopar.passes.constants import FoldConstants
-from autopar.passes.costs import Optimizer, optimizer_called
+from autopar.passes.costs import Optimizer, optimizer_called, slowest
 from autopar.passes.decision import Context, Decision, context
 from autopar.passes.functional import is_update
+from autopar.passes.heads import ChunkHeads, heads_of, worth
 from autopar.passes.modes import Mode, mode_called
 from autopar.passes.normalize import Normalize
 from autopar.passes.notation import op_text, parameter_text
@@ -80,10 +81,16 @@ class Request:
         return optimizer_called(self.optimizer)
 
 
-def prepare(program: Program) -> Context:
-    """Run every pass up to the sharding problem."""
-    folded = FoldConstants()(Normalize()(KEPT[program.returns](program)))
+def prepare(program: Program, cluster: Cluster | None = None) -> Context:
+    """Run every pass up to the sharding problem; what depends on where a program runs is as on `cluster`."""
+    folded = _folded(program)
+    if cluster is not None and worth(folded, slowest(cluster.devices), cluster.size):
+        folded = ChunkHeads()(folded)
     return context(annotate(folded))
+
+
+def _folded(program: Program) -> Program:
+    return FoldConstants()(Normalize()(KEPT[program.returns](program)))
 
 
 def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
@@ -270,9 +277,15 @@ def setting_of(plan: Plan, cluster: Cluster) -> Setting:
     return asked.setting(cluster, plan.mesh)
 
 
-def annotated(program: Program | Context) -> Context:
-    """A captured program, ready to be planned; one that is already stays as it is."""
-    return prepare(program) if isinstance(program, Program) else program
+def annotated(program: Program | Context, plan: Plan) -> Context:
+    """A captured program, its heads in chunks where `plan` has them so; one that is annotated stays as it is."""
+    if not isinstance(program, Program):
+        return program
+    folded = _folded(program)
+    plain = context(annotate(folded))
+    if plan.program_key == program_key(plain) or not heads_of(folded):
+        return plain
+    return context(annotate(ChunkHeads()(folded)))
 
 
 def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[float, float]:
@@ -280,7 +293,7 @@ def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[fl
 
     Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
     """
-    ctx = annotated(program)
+    ctx = annotated(program, plan)
     check_origin(plan, ctx, cluster)
     setting = setting_of(plan, cluster)
     priced, memory = price_lowered(decision_of(plan, ctx), setting)

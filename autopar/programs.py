@@ -17,7 +17,7 @@ from autopar.codegen.arrivals import input_specs
 from autopar.codegen.batches import Batches, BatchKind, Plans
 from autopar.codegen.calls import form_of
 from autopar.codegen.communicator import Axes, Communicator, connect
-from autopar.codegen.compiled import COMPILERS, Compiler
+from autopar.codegen.compiled import COMPILERS, RECORDS, Compiler
 from autopar.codegen.control import all_equal
 from autopar.codegen.executable import Executable, build
 from autopar.codegen.lower import Target
@@ -33,7 +33,7 @@ from autopar.hush import hushed
 from autopar.material import Material
 from autopar.passes.additive import additive
 from autopar.passes.blame import blame
-from autopar.passes.capture import Precision, Returns, Stored, capture, meta_twin
+from autopar.passes.capture import Head, Precision, Returns, Stored, capture, meta_twin
 from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
 from autopar.passes.rules.nodes import attention_dropout
@@ -64,6 +64,7 @@ class Order:
     material: Material
     stored: Stored = "by factor"
     draws: Draws = "by element"
+    head: Head = "auto"
     costs: Costs = "roofline"
 
 
@@ -72,7 +73,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     programs = together(lambda: Programs(_twin(model), call, order))
     made, ctx = programs.first(model.training)
     mesh = Mesh(made.mesh)
-    site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device())
+    site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device(), RECORDS[order.compiler])
     decision = decision_of(made, ctx)
     programs.settle(decision, site.communicator)
     ways = _ways(decision, order.batch)
@@ -161,7 +162,8 @@ class Programs:
             model = self._twin.train(training)
             with hushed():
                 program = capture(model, call, self._order.precision, self._order.loss_fn, self._order.returns)
-            return checked(prepare(replace(program, stored=self._order.stored)))
+            program = replace(program, stored=self._order.stored, head=self._order.head)
+            return checked(prepare(program, self._order.cluster))
         return together(annotated)
 
     def _decision(self, training: bool, call: Call) -> Decision:
@@ -187,7 +189,7 @@ class Programs:
         assert self._communicator is not None
         price = self._order.cluster.pricer(decision.mesh)
         lowered = build(Target(decision, self._communicator, price, launch.device(), input_specs(decision, axes),
-                               self._order.draws))
+                               self._order.draws, "outside"))
         return COMPILERS[self._order.compiler](lowered)
 
 
@@ -245,4 +247,4 @@ def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
                            f"{cluster} ({cluster.key()}); plan again for this one")
     if plan.program_key != key:
         raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {key} of "
-                           f"{order.request.model}; the model or the shapes of its inputs differ: plan again")
+                           f"{order.request.model}; the model, the shapes of its inputs or head= differ: plan again")

@@ -21,10 +21,11 @@ from torch import Tensor, fx
 from autopar.codegen import private
 from autopar.codegen.executable import Executable
 from autopar.codegen.lower import Lowered
+from autopar.codegen.replay import Launches
 from autopar.core.errors import AutoparError
 
 log = logging.getLogger("autopar")
-Compiler = Literal["inductor", "eager"]
+Compiler = Literal["inductor", "inductor-no-graphs", "eager"]
 
 
 @dataclass(eq=False)
@@ -79,8 +80,11 @@ def by_class(executable: Executable) -> Executable:
     return replace(executable, calls=tuple(replace(call, run=made[id(call.lowered)]) for call in executable.calls))
 
 
-COMPILERS: dict[Compiler, Callable[[Executable], Executable]] = {"inductor": by_class, "eager": lambda plain: plain}
+COMPILERS: dict[Compiler, Callable[[Executable], Executable]] = {
+    "inductor": by_class, "inductor-no-graphs": by_class, "eager": lambda plain: plain}
 """By name, what a compiler makes of an executable."""
+RECORDS: dict[Compiler, Launches] = {"inductor": "recorded", "inductor-no-graphs": "each", "eager": "each"}
+"""By name, how steps are launched on GPUs."""
 
 
 def compiler_for(device: torch.device, asked: Compiler | None) -> Compiler:
@@ -90,7 +94,7 @@ def compiler_for(device: torch.device, asked: Compiler | None) -> Compiler:
     the default there is "eager".
     """
     usable = device.type != "cuda" or private.triton_is_usable()
-    if asked == "inductor" and not usable:
-        raise AutoparError(f"compiler=\"inductor\" needs Triton for {device}, and finds none "
+    if asked in ("inductor", "inductor-no-graphs") and not usable:
+        raise AutoparError(f"compiler=\"{asked}\" needs Triton for {device}, and finds none "
                            "that is usable; install triton, or pass compiler=\"eager\"")
     return asked or ("inductor" if device.type == "cuda" and usable else "eager")

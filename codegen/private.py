@@ -26,6 +26,7 @@ which takes seconds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,12 @@ from torch import Tensor, fx
 from torch.distributed import _functional_collectives
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from autopar.codegen.stand_in import received
 
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _OPS = torch.ops._c10d_functional
 _ATEN = torch.ops.aten
 
@@ -96,6 +99,58 @@ def _wait(x: Any) -> Tensor:
     return finished
 
 
+def start_all_gather(x: Tensor, ranks: int, group: str) -> Tensor:
+    """As `all_gather`, whose result is there after `finish`."""
+    return _OPS.all_gather_into_tensor(x, ranks, group)  # type: ignore[no-any-return]
+
+
+def start_reduce_scatter(x: Tensor, ranks: int, group: str) -> Tensor:
+    """As `reduce_scatter`, whose result is there after `finish`."""
+    return _OPS.reduce_scatter_tensor(x, "sum", ranks, group)  # type: ignore[no-any-return]
+
+
+def start_all_to_all(x: Tensor, ranks: int, group: str) -> Tensor:
+    """As `all_to_all`, whose result is there after `finish`."""
+    return _OPS.all_to_all_single(x, [1] * ranks, [1] * ranks, group)  # type: ignore[no-any-return]
+
+
+def start_all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum of `x` over the ranks of `group`, in the memory of `x`; there after `finish`."""
+    return _OPS.all_reduce_(x, "sum", group)  # type: ignore[no-any-return]
+
+
+def finish(x: Tensor) -> Tensor:
+    """What was started: the device's work goes on once it is there, on CPUs the call does."""
+    return _wait(x)
+
+
+def keeps_graph() -> bool:
+    """Inside of a backward, whether it was asked for with `retain_graph=True`: no public name, the same in both."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def before_groups_end(action: Callable[[], None]) -> None:
+    """Run `action` whenever process groups are about to be destroyed.
+
+    NCCL waits in `destroy_process_group` for all graphs that hold its collectives to go, for ever, and torch has no
+    place to hang this on: its function is wrapped, under both names that it is called by, in both versions.
+    """
+    from torch.distributed import distributed_c10d
+    plain = distributed_c10d.destroy_process_group
+
+    @functools.wraps(plain)
+    def destroy_process_group(*args: Any, **kwargs: Any) -> None:
+        action()
+        plain(*args, **kwargs)
+
+    distributed_c10d.destroy_process_group = destroy_process_group
+    torch.distributed.destroy_process_group = destroy_process_group
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """`target.copy_(source)` for each of them, in few kernels: named as private in both versions."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
 def storage_bytes(reference: StorageWeakRef) -> int:
     """The bytes of a storage, 0 where it is gone."""
     storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
@@ -110,6 +165,11 @@ def storage_key(tensor: Tensor) -> int:
 def spec_of(tensor: DTensor) -> Any:
     """How a DTensor lies, as torch keeps it."""
     return tensor._spec
+
+
+def local_of(tensor: DTensor) -> Tensor:
+    """This rank's part: `to_local()` makes a node of autograd's graph for it."""
+    return tensor._local_tensor
 
 
 def distributed(local: Tensor, spec: Any) -> DTensor:
@@ -147,7 +207,7 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
 
     width = getattr(pick_vec_isa(), "bit_width", lambda: None)()
     with (config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False),
-          inductor_config.patch({"cpp.simdlen": width})):
+          inductor_config.patch({"cpp.simdlen": width}), sdpa_kernel(ATTENTION, set_priority=True)):
         compiled: Any = compile_fx(graph, inputs, inner_compile=donating_nothing)
     return compiled  # type: ignore[no-any-return]
 

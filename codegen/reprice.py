@@ -142,10 +142,11 @@ def _tally(call: Call, executable: Executable, setting: Setting) -> Tally:
 def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: Decision, setting: Setting) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
-        names = {n.name for n in decision.context.gradients}
-        nbytes = sum(_nbytes(shapes.env[n]) for n in node.all_input_nodes if n.name in names)
-        count = sum(n.name in names for n in node.all_input_nodes)
-        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, count * tally.share)
+        gathered = {n.name: decision.mesh.extent(s.gathered) for n, s in decision.storage.items()
+                    if n in decision.context.gradients}
+        trained = [n for n in node.all_input_nodes if n.name in gathered]
+        nbytes = sum(_nbytes(shapes.env[n]) / gathered[n.name] for n in trained)
+        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, len(trained) * tally.share)
         return
     assert isinstance(module, Reshard)
     _, differentiable = node.meta["reshard"]
@@ -195,8 +196,9 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: Tally, decision
         tally.backward.compute += work.backward_seconds(device)
         tally.backward.talk += talk[1]
     made_here = zip(op.results, results, strict=True)
-    tally.working = max(tally.working, nbytes)
+    tally.working = max(tally.working, nbytes + work.beside.room)
     tally.saved += sum(_nbytes(t) for r, t in made_here if r.node in decision.context.gradients)
+    tally.saved += work.beside.kept if through else 0.0
 
 
 def _tensors(node: fx.Node) -> Iterable[fx.Node]:

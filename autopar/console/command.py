@@ -38,7 +38,7 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     with hushed(options.verbose):
         program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
     progress.doing("working out how each operation can be cut")
-    context = checked(prepare(program))
+    context = checked(prepare(program, cluster))
     if options.explain is not None:
         op_called(context, options.explain)  # refuses an unknown one before anything is solved
     progress.doing(f"solving for {cluster}")
