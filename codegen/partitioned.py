@@ -37,7 +37,7 @@ def parted(run: Run, given: Sequence[Arrival], seeds: int, partition: Partition 
         results = private.traced(run, arguments, found.setdefault, partition)
         loss = ends_of(results)
         if loss is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     return Parts(found["forward"], found.get("backward"), len(results), len(arguments))
 
 

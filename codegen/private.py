@@ -229,14 +229,15 @@ def traced(run: Callable[..., Any], arguments: list[Tensor], keep: Callable[[str
     """
     from functools import partial
 
-    from torch._functorch.aot_autograd import aot_function, make_boxed_func
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.aot_autograd import make_boxed_func as boxed  # type: ignore[attr-defined]
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    def kept(name: str) -> Callable[[fx.GraphModule, Any], Callable[..., Any]]:
-        def compiler(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+    def kept(name: str) -> Any:
+        def compiler(graph: fx.GraphModule, _: Any) -> Any:
             keep(name, graph)
-            return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+            return boxed(graph.forward)
         return compiler
 
     made = aot_function(lambda *inputs: tuple(run(*inputs)), fw_compiler=kept("forward"), bw_compiler=kept("backward"),

@@ -1,10 +1,9 @@
 """Bytes that a device holds through a step: the footprints of its calls, one after another, and what surrounds them.
 
-Forward, before call i: what rests, what earlier calls saved, values that are still to be read or were saved, and what
-the call works with. Backward, of call i: what rests, what earlier calls saved, values that they and this one read,
-gradients that are pending for values made earlier, gradients of parameters of later calls, and what the call works
-with. Parameters that are gathered come and go as FSDP2 has them: a gather lands in one buffer and is copied out of it;
-the next one in the backward is under way; gradients are summed in fp32 from a buffer that is held until the next sum.
+Forward, in call i: what rests, what earlier calls saved and made, what the call works with. Backward, in call i: what
+rests, what calls up to it saved and made, gradients that wait for values made earlier, gradients of parameters of later
+calls, and what the call works with. Gathered parameters come and go as `codegen.engine` and `codegen.tape` have them:
+those of the next call are under way in a buffer while one runs, and gradients of the last few are being summed.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ from autopar.codegen.arrivals import arrivals
 from autopar.codegen.executable import Executable
 from autopar.codegen.footprint import Footprint, Kernels, footprint
 from autopar.codegen.partitioned import compiled_footprint, parted
+from autopar.codegen.tape import IN_FLIGHT
+from autopar.passes.costs import MASTER_BYTES
+from autopar.passes.layout import itemsize, whole_bytes
 from autopar.passes.moments import Held, held
 
 GRAIN = {"cuda": 512}
@@ -105,44 +107,13 @@ class _Step:
                 for node, nbytes in zip(call.exports, each.results_bytes, strict=True)}
 
     @cached_property
-    def readers(self) -> dict[fx.Node, list[int]]:
-        """The calls whose backward reads a value, ascending."""
-        found: dict[fx.Node, list[int]] = {}
-        for place, (call, each) in enumerate(zip(self.executable.calls, self.prints, strict=True)):
-            externals = call.segment.externals
-            read = [externals[i] for i in each.arguments if i < len(externals)]
-            for node in [*read, *(call.exports[i] for i in each.results)]:
-                if node in self.sizes and place not in found.get(node, []):
-                    found.setdefault(node, []).append(place)
-        return found
-
-    @cached_property
     def made(self) -> dict[fx.Node, int]:
         """The call that makes a value."""
         return {node: place for place, call in enumerate(self.executable.calls) for node in call.exports}
 
-    def _forward(self, place: int) -> float:
-        gone = {node for freed in self.executable.freed[:place] for node in freed}
-        outputs = set(self.executable.outputs)
-        values = sum(size for node, size in self.sizes.items() if self.made[node] < place
-                     and (node not in gone or node in outputs or any(r < place for r in self.readers.get(node, ()))))
-        return self.rest + values + self._saved(place) + self.prints[place].forward + self._gathered(place, 2.0)
-
-    def _backward(self, place: int) -> float:
-        values = sum(self.sizes[node] for node, reads in self.readers.items() if min(reads) <= place)
-        pending = sum(size for node, size in self.sizes.items()
-                      if self.made[node] < place and any(r > place for r in self._users.get(node, ())))
-        later = {node for call in self.executable.calls[place + 1:] for node in call.segment.externals}
-        earlier = {node for call in self.executable.calls[:place + 1] for node in call.segment.externals}
-        grads = sum(h.gradient for node, h in self.held.items() if node in later and node not in earlier)
-        sums = self._scattered(place + 1) if place + 1 < len(self.prints) else 0.0
-        under_way = self._used(place - 1, kept=False) if place else 0.0
-        return (self.rest + values + self._saved(place) + pending + grads + sums + under_way
-                + self.prints[place].backward + self._gathered(place, 1.0))
-
     @cached_property
-    def _users(self) -> dict[fx.Node, list[int]]:
-        """The calls that read a differentiable value."""
+    def users(self) -> dict[fx.Node, list[int]]:
+        """The calls that read a value through which a gradient flows, ascending."""
         found: dict[fx.Node, list[int]] = {}
         for place, call in enumerate(self.executable.calls):
             for node in call.segment.externals:
@@ -150,41 +121,93 @@ class _Step:
                     found.setdefault(node, []).append(place)
         return found
 
+    @cached_property
+    def gathered(self) -> dict[fx.Node, tuple[int, int]]:
+        """Each parameter that is gathered, with the first and the last call that uses it."""
+        storage, found = self.executable.decision.storage, dict[fx.Node, tuple[int, int]]()
+        for place, call in enumerate(self.executable.calls):
+            for node in call.segment.externals:
+                if node in storage and self.executable.decision.mesh.extent(storage[node].gathered) > 1:
+                    found[node] = found.get(node, (place, place))[0], place
+        return found
+
+    def _values(self, place: int) -> float:
+        """What calls before `place` made: all of it is held for their backwards."""
+        return sum(size for node, size in self.sizes.items() if self.made[node] < place)
+
     def _saved(self, place: int) -> float:
         """What the calls before `place` saved."""
         return sum(each.saved for each in self.prints[:place])
 
-    def _gathered(self, place: int, times: float) -> float:
-        """Gathered parameters that are there: those of the call, `times` over where they are just gathered, and those
-        of earlier ones that are kept."""
-        kept = {node for call in self.executable.calls[:place] for node in call.segment.externals
-                if node in self.held and self.executable.decision.storage[node].kept}
-        return (times * self._used(place, kept=False) + max(1.0, times) * self._used(place, kept=True)
-                + sum(self._bytes(node) for node in kept - set(self.executable.calls[place].segment.externals)))
+    def _forward(self, place: int) -> float:
+        here = sum(self._whole(n) for n, (first, last) in self.gathered.items()
+                   if first <= place and (place <= last or self._stays(n)))
+        coming = sum(self._whole(n) for n, (first, _) in self.gathered.items() if first == place + 1)
+        own = sum(self._whole(n) for n, (first, _) in self.gathered.items() if first == place)
+        given = self.rest + self._values(place) + self._saved(place) + here
+        return given + max(coming + self.prints[place].forward, own)
 
-    def _used(self, place: int, kept: bool) -> float:
-        """Bytes of the gathered parameters of a call."""
-        storage = self.executable.decision.storage
-        nodes = dict.fromkeys(n for n in self.executable.calls[place].segment.externals if n in storage)
-        return sum(self._bytes(n) for n in nodes if storage[n].gathered and storage[n].kept is kept)
+    def _stays(self, node: fx.Node) -> bool:
+        """Whether a gathered parameter stays between the forward and the backward."""
+        return self.executable.decision.storage[node].kept or self.gathered[node][1] == len(self.prints) - 1
 
-    def _bytes(self, node: fx.Node) -> float:
-        """Of a parameter as it is used."""
-        h = self.held[node]
-        scattered = self._scattered_of(node)
-        return h.copy if self.executable.decision.storage[node].kept else (h.working - scattered) / 2.0
+    def _backward(self, place: int) -> float:
+        here = sum(self._whole(n) for n, (first, last) in self.gathered.items()
+                   if first <= place and (place <= last or self._stays(n)))
+        coming = sum(self._whole(n) for n, (_, last) in self.gathered.items()
+                     if last == place - 1 and not self._stays(n))
+        own = sum(self._whole(n) for n, (_, last) in self.gathered.items() if last == place and not self._stays(n))
+        given = self.rest + self._values(place + 1) + self._saved(place) + here + self._gradients(place)
+        read = sum(size for i, size in enumerate(self.prints[place].results_bytes) if i in self.prints[place].results)
+        before = given + self._waiting(place, place + 1) - read
+        return max(before + coming + self.prints[place].backward, before + own + self.prints[place].saved,
+                   given + self._waiting(place, place) + coming + self._sent(place))
 
-    def _scattered(self, place: int) -> float:
-        """The buffer from which the gradients of a call's gathered parameters are summed."""
-        return sum(self._scattered_of(n) for n in dict.fromkeys(self.executable.calls[place].segment.externals)
-                   if n in self.held)
+    def _waiting(self, place: int, since: int) -> float:
+        """Gradients that calls from `since` on brought to values that were made before `place`."""
+        return sum(size for node, size in self.sizes.items()
+                   if self.made[node] < place and any(reader >= since for reader in self.users.get(node, ())))
 
-    def _scattered_of(self, node: fx.Node) -> float:
-        h, storage = self.held[node], self.executable.decision.storage[node]
-        if not (storage.gathered and h.gradient):
+    def _sent(self, place: int) -> float:
+        """The gradients that a call brings to parameters, beside the buffers from which they are summed."""
+        nodes = [n for n in dict.fromkeys(self.executable.calls[place].segment.externals)
+                 if n in self.held and self.held[n].gradient]
+        gathered = [n for n in nodes if n in self.gathered]
+        summed = self.executable.decision.mesh.size > 1
+        return (sum(self._whole(n) * (1.0 + (self._widening(n) if self.gathered[n][0] == place else 0.0))
+                    for n in gathered)
+                + sum(self.held[n].gradient * (1.0 + summed) for n in nodes if n not in self.gathered))
+
+    def _gradients(self, place: int) -> float:
+        """Of parameters of later calls: those that are summed, those being summed, and those still to be added to."""
+        later = {n for call in self.executable.calls[place + 1:] for n in call.segment.externals if n in self.held}
+        waiting = {n for call in self.executable.calls[:place + 1] for n in call.segment.externals}
+        done = sum(self.held[n].gradient for n in later - waiting)
+        due = sum(self._whole(n) if n in self.gathered else self.held[n].gradient for n in later & waiting)
+        return done + due + sum(self._flying(i) for i in range(place + 1, min(place + IN_FLIGHT, len(self.prints))))
+
+    def _flying(self, place: int) -> float:
+        """What is held while gradients that a call brought are summed: themselves, and what they were packed into."""
+        nodes = [n for n in dict.fromkeys(self.executable.calls[place].segment.externals)
+                 if n in self.held and self.held[n].gradient]
+        whole = sum(self._whole(n) * self._widening(n) for n in nodes
+                    if n in self.gathered and self.gathered[n][0] == place)
+        summed = self.executable.decision.mesh.size > 1
+        return whole + sum(self.held[n].gradient for n in nodes if n not in self.gathered) * summed
+
+    def _whole(self, node: fx.Node) -> float:
+        """Bytes of a gathered parameter, in the dtype that is computed in."""
+        decision = self.executable.decision
+        factored = decision.context.segmented.factored
+        spec = decision.storage[node].spec(decision.context.rank(node), trained=False)
+        return whole_bytes(factored, node) / decision.mesh.extent(spec.axes)
+
+    def _widening(self, node: fx.Node) -> float:
+        """How many times larger its gradient is where that is summed."""
+        if not self.held[node].gradient:
             return 0.0
-        parts = self.executable.decision.mesh.extent(storage.gathered)
-        return h.gradient * parts
+        mixed = self.executable.decision.context.segmented.factored.program.precision.endswith("-mixed")
+        return MASTER_BYTES / itemsize(node) if mixed else 1.0
 
 
 def _nbytes(tensor: Tensor) -> float:
