@@ -154,11 +154,10 @@ def peak(graph: fx.Graph, held: Collection[fx.Node], grain: int = 1) -> int:
     now = most = sum(alive.values())
     for place, node in enumerate(order):
         dying = [n for n in list(alive) if last.get(n, -1) <= place and n not in found.outputs]
-        reuse = is_pointwise(node) and any(size[n] == size[node] and n.op != "placeholder" and last.get(n) == place
-                                           for n in dying)
-        now += size[node] - (size[node] if reuse else 0)
-        most = max(most, now)
-        now += size[node] if reuse else 0
+        written_over = is_pointwise(node) and name_of(node) != "clone" and any(
+            size[n] == size[node] and n.op != "placeholder" and last.get(n) == place for n in dying)
+        most = max(most, now + (0 if written_over else size[node]))
+        now += size[node]
         alive[node] = size[node]
         for n in dying:
             now -= alive.pop(n)
