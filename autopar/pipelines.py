@@ -213,9 +213,10 @@ def bytes_of(assembly: Assembly, taken: Taken) -> Bytes:
     priced = price(assembly.instance, taken)
     fullest = max(range(assembly.instance.devices), key=priced.held.__getitem__)
     calls = _calls_on(assembly, taken, fullest)
-    kinds = [sum(getattr(call.memory, name) for call, _ in calls) for name in ("parameters", "gradients", "optimizer")]
+    parameters, gradients, state = (sum(getattr(call.memory, name) for call, _ in calls)
+                                    for name in ("parameters", "gradients", "optimizer"))
     kept = sum(call.memory.activations + flight * call.entry.saved for call, flight in calls)
-    return Bytes(*kinds, kept, priced.held[fullest] - sum(kinds) - kept)
+    return Bytes(parameters, gradients, state, kept, priced.held[fullest] - parameters - gradients - state - kept)
 
 
 def shapes_to_try(cluster: Cluster, batch: int, segments: int, meshes: dict[int, tuple[tuple[int, ...], ...]],
