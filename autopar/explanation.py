@@ -67,7 +67,7 @@ def explain(plan: Plan, program: Program | Context, cluster: Cluster, op: str) -
 
     Raises AutoparError for an unknown op, or a plan for another model or cluster.
     """
-    ctx = annotated(program)
+    ctx = annotated(program, plan)
     check_origin(plan, ctx, cluster)
     check_one_stage(plan, "explained op by op")
     index = op_called(ctx, op)

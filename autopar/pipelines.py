@@ -200,7 +200,7 @@ def seconds_of(assembly: Assembly, taken: Taken, schedule: Schedule) -> Seconds:
     on = [[call for call, _ in _calls_on(assembly, taken, device)] for device in range(instance.devices)]
     slow, micro_batches, total = instance.places[slowest].slow, instance.micro_batches, step_seconds(assembly, taken,
                                                                                                       schedule)
-    compute = micro_batches * slow * sum(c.tally.forward.work + c.tally.backward.work for c in on[slowest])
+    compute = micro_batches * slow * sum(c.tally.forward.sums.work + c.tally.backward.sums.work for c in on[slowest])
     inline = micro_batches * slow * sum(c.tally.forward.inline + c.tally.backward.inline for c in on[slowest])
     last = max(range(instance.devices), key=lambda device: sum(c.entry.step for c in on[device]))
     optimizer = sum(c.optimizer for c in on[last])
@@ -213,10 +213,11 @@ def bytes_of(assembly: Assembly, taken: Taken) -> Bytes:
     priced = price(assembly.instance, taken)
     fullest = max(range(assembly.instance.devices), key=priced.held.__getitem__)
     calls = _calls_on(assembly, taken, fullest)
-    parameters, gradients, state = (sum(getattr(call.memory, name) for call, _ in calls)
-                                    for name in ("parameters", "gradients", "optimizer"))
+    parameters, gradients, optimizer = (sum(getattr(call.memory, name) for call, _ in calls)
+                                        for name in ("parameters", "gradients", "optimizer"))
     kept = sum(call.memory.activations + flight * call.entry.saved for call, flight in calls)
-    return Bytes(parameters, gradients, state, kept, priced.held[fullest] - parameters - gradients - state - kept)
+    rest = priced.held[fullest] - parameters - gradients - optimizer - kept
+    return Bytes(parameters, gradients, optimizer, kept, rest)
 
 
 def shapes_to_try(cluster: Cluster, batch: int, segments: int, meshes: dict[int, tuple[tuple[int, ...], ...]],

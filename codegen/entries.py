@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopar.codegen.executable import Call, Executable
-from autopar.codegen.reprice import Memory, Tally, tally_of
+from autopar.codegen.reprice import Memory, Tally, tally_calls
 from autopar.codegen.stages import ports_behind
 from autopar.core.collectives import stage_link
 from autopar.core.schedules import Pipe, Schedule, in_flight
@@ -73,14 +73,9 @@ def _alike(calls: Sequence[Costed], lowered: Sequence[int]) -> list[list[int]]:
 
 
 def _calls(executable: Executable, setting: Setting) -> tuple[Costed, ...]:
-    decision = executable.decision
-    known: dict[int, Tally] = {}
-    for call in executable.calls:
-        if id(call.lowered) not in known:
-            known[id(call.lowered)] = tally_of(call, decision, setting)
     sent = [sum(port.nbytes for port in ports) for ports in ports_behind(executable)]
-    return tuple(_call(call, known[id(call.lowered)], decision, setting, nbytes)
-                 for call, nbytes in zip(executable.calls, sent, strict=True))
+    return tuple(_call(call, tally, executable.decision, setting, nbytes)
+                 for call, tally, nbytes in zip(executable.calls, tally_calls(executable, setting), sent, strict=True))
 
 
 def _call(call: Call, tally: Tally, decision: Decision, setting: Setting, sent: float) -> Costed:
@@ -90,8 +85,8 @@ def _call(call: Call, tally: Tally, decision: Decision, setting: Setting, sent: 
     parameters, state = sum(h.parameter for h in kept), sum(h.state for h in kept)
     copies, working = sum(h.copy for h in kept), tally.working + sum(h.working for h in kept)
     optimizer = sum(_step_seconds(decision, n, setting) for n in nodes)
-    forward, backward = (phase.work + phase.inline + Sums(phase.work, phase.inline, phase.again).exposed
-                         for phase in (tally.forward, tally.backward))
+    forward, backward = (each.sums.work + each.inline + Sums(each.sums.work, each.inline, each.again).exposed
+                         for each in (tally.forward, tally.backward))
     static = parameters + state + gradients + copies
     entry = Entry(forward, backward, tally.once + optimizer, static, tally.saved, working)
     return Costed(tally, entry, Memory(parameters, gradients, state, copies, working), optimizer, sent)

@@ -149,6 +149,18 @@ def batch_spec(rank: int, axes: tuple[int, ...]) -> Spec:
     return Spec((axes, *((),) * (rank - 1)))
 
 
+def seeds_for(executable: Executable, seed: tuple[int, int], device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
+    """What each call takes behind its externals, of a base and a step: a seed, and one in host memory where it asks.
+    """
+    first, count = executable.first, executable.first + len(executable.calls)
+    seeds: tuple[tuple[Tensor, ...], ...] = tuple((one,) for one in seeds_of(*seed, count, device)[first:])
+    if any(each.lowered.host_seeded for each in executable.calls):
+        on_host = seeds_of(*seed, count, torch.device("cpu"))[first:]
+        seeds = tuple((*one, other) if each.lowered.host_seeded else one
+                      for one, other, each in zip(seeds, on_host, executable.calls, strict=True))
+    return seeds
+
+
 def seeds_of(base: int, step: int, segments: int, device: torch.device) -> tuple[Tensor, ...]:
     """The seed of each segment in one step, made on the device: a copy from the host would wait for its work.
 

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from autopar.codegen import private
 from autopar.codegen.channels import Message, Post
 from autopar.codegen.communicator import Axes, Communicator, Group
-from autopar.codegen.executable import Executable, Values
+from autopar.codegen.engine import Engine, Parameters
+from autopar.codegen.executable import Executable, Values, seeds_for
 from autopar.codegen.primitives import all_gather, all_reduce
 from autopar.codegen.stages import Port, Stage
+from autopar.codegen.tape import Pass, Sums
 from autopar.core.errors import AutoparError
 from autopar.core.schedules import Action, Pipe, Schedule, actions
 from autopar.passes.decision import Decision
@@ -28,8 +30,6 @@ from autopar.passes.micro import Count
 
 BUCKET_BYTES = 2**25
 """Gradients smaller than this are summed together."""
-Run = Callable[[Any, Values, tuple[int, int], torch.device], Values]
-"""Runs an executable on what is given to it, under a seed and a step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,7 @@ class Line:
 class _Flight:
     """A micro-batch in a stage, between forward and backward."""
 
+    running: Pass
     came: Values
     made: Values
 
@@ -85,11 +86,11 @@ class Step:
 
     staged: Staged
     line: Line
-    run: Run
+    engines: dict[int, Engine]
+    sums: dict[int, Sums]
     given: list[Values]
     seed: tuple[int, int]
     scale: float
-    before_backward: Callable[[int, bool, bool], None]
     flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
     coming: dict[Action, Message] = field(default_factory=dict)
     losses: list[Values] = field(default_factory=list)
@@ -97,7 +98,6 @@ class Step:
     def play(self, order: Sequence[Action]) -> None:
         """Run all actions."""
         last = {action.stage: action for action in order if action.phase == "backward"}
-        end = order[-1]
         for action, following in zip(order, [*order[1:], None], strict=True):
             self._expect(action)
             if following is not None:
@@ -105,8 +105,7 @@ class Step:
             if action.phase == "forward":
                 self._forward(action)
             else:
-                self.before_backward(action.stage, action is last[action.stage], action is end)
-                self._backward(action)
+                self._backward(action, action is last[action.stage])
         self.line.post.finish()
 
     def _stage(self, action: Action) -> Stage:
@@ -130,17 +129,19 @@ class Step:
             for port in _differentiable(stage.received):
                 came[port.node].requires_grad_()
         step = self.seed[1] * self.staged.pipe.micro_batches + action.micro
-        made = self.run(stage.executable, {**self.given[action.micro], **came}, (self.seed[0], step),
-                        self.line.post.device)
-        values = {**came, **made}
+        engine = self.engines[stage.index]
+        running = Pass(engine, {**self.given[action.micro], **came},
+                       seeds_for(stage.executable, (self.seed[0], step), self.line.post.device))
+        live = self.staged.training and torch.is_grad_enabled()
+        values = {**came, **(running.forward() if live else engine.run(running.given, running.seeds, None))}
         if action.stage < self.staged.pipe.stages - 1:
             self.line.post.send(action.stage, "forward", [values[port.node].detach() for port in stage.sent])
         else:
             self.losses.append({port.node: values[port.node].detach() for port in stage.sent})
-        if self.staged.training:
-            self.flights[action.stage, action.micro] = _Flight(came, values)
+        if live:
+            self.flights[action.stage, action.micro] = _Flight(running, came, values)
 
-    def _backward(self, action: Action) -> None:
+    def _backward(self, action: Action, last: bool) -> None:
         stage, flight = self._stage(action), self.flights.pop((action.stage, action.micro))
         sent, came = _differentiable(stage.sent), _differentiable(stage.received)
         if action.stage == self.staged.pipe.stages - 1:
@@ -149,72 +150,62 @@ class Step:
         else:
             grads = self.coming.pop(action).wait()
         passed = {port.node: grad for port, grad in zip(sent, grads, strict=True) if port.node in flight.came}
-        roots = [(flight.made[port.node], grad) for port, grad in zip(sent, grads, strict=True)
-                 if port.node not in flight.came and flight.made[port.node].requires_grad]
-        if roots:
-            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
+        roots = {port.node: grad for port, grad in zip(sent, grads, strict=True)
+                 if port.node not in flight.came and flight.made[port.node].requires_grad}
+        found = flight.running.tape.part(roots, self.sums[action.stage], last)
         if action.stage > 0:
-            self.line.post.send(action.stage - 1, "backward", [_gradient(flight.came[port.node], passed.get(port.node))
-                                                               for port in came])
+            self.line.post.send(action.stage - 1, "backward", [
+                _gradient(flight.came[port.node], found.get(port.node), passed.get(port.node)) for port in came])
 
 
 def _differentiable(ports: Sequence[Port]) -> list[Port]:
     return [port for port in ports if port.differentiable]
 
 
-def _gradient(leaf: Tensor, passed: Tensor | None) -> Tensor:
+def _gradient(value: Tensor, *parts: Tensor | None) -> Tensor:
     """The gradient of a value that came: of its uses here, and of what it was handed on to."""
-    found = [grad for grad in (leaf.grad, passed) if grad is not None]
-    return sum(found[1:], found[0]) if found else torch.zeros_like(leaf)
+    found = [grad for grad in parts if grad is not None]
+    return sum(found[1:], found[0]) if found else torch.zeros_like(value)
 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """Runs steps on one rank. `parameters` are those it holds, by name; `shared` the groups of ranks of other stages
-    that hold the same part of one, for those that several stages read; `wrapped` by stage, and `rest`, what FSDP2
-    takes care of."""
+    that hold the same part of one, for those that several stages read."""
 
     line: Line
-    run: Run
+    bringing: Parameters
     parameters: Callable[[], dict[str, nn.Parameter]]
     shared: dict[str, Group]
-    wrapped: dict[int, tuple[FSDPModule, ...]]
-    rest: tuple[FSDPModule, ...]
+    engines: dict[int, Engine] = field(default_factory=dict)
     scales: list[float] = field(default_factory=lambda: [1.0])
 
-    def __call__(self, staged: Staged, given: Values, seed: tuple[int, int], device: torch.device) -> Values:
+    def __call__(self, staged: Staged, given: Values, seed: tuple[int, int]) -> Values:
         """The program's outputs; the loss brings the gradients along when its backward is called."""
-        training, run, scale = staged.training and torch.is_grad_enabled(), self.run, self.scales[0]
-        order = actions(staged.schedule, staged.pipe, self.line.place)
-        parts = self._parts(staged, given)
-        if not training:
-            step = Step(staged, self.line, run, parts, seed, scale, lambda *_: None)
-            with torch.no_grad():
-                step.play([action for action in order if action.phase == "forward"])
-            return self._told(staged, step)
-        held = {name: p for name, p in self.parameters().items() if p.requires_grad}
-        before = {name: p.grad for name, p in held.items()}
-        for p in held.values():
-            p.grad = None
+        scale, order = self.scales[0], actions(staged.schedule, staged.pipe, self.line.place)
+        engines = {stage.index: self._engine(stage) for stage in staged.stages}
+        sums = {index: Sums(self.bringing, staged.pipe.micro_batches > 1) for index in engines}
+        step = Step(staged, self.line, engines, sums, self._parts(staged, given), seed, scale)
         try:
-            step = Step(staged, self.line, run, parts, seed, scale, self._before_backward)
+            for engine in engines.values():
+                engine.release()
+            if not (staged.training and torch.is_grad_enabled()):
+                with torch.no_grad():
+                    step.play([action for action in order if action.phase == "forward"])
+                return self._told(staged, step)
             step.play(order)
-            kept = self._finished(staged, held)
+            held = {name: p for name, p in self.parameters().items() if p.requires_grad}
+            kept = self._finished(sums, held)
         finally:
-            for name, p in held.items():
-                p.grad = before[name]
+            for engine in engines.values():
+                engine.release()
         half = staged.decision.context.segmented.factored.program.precision == "fp16-mixed"
         return {node: _with_gradients(value, _Stash(kept, scale, self.scales if half else []), list(held.values()))
                 for node, value in self._told(staged, step).items()}
 
-    def _before_backward(self, stage: int, last: bool, end: bool) -> None:
-        """Gradients are scattered, and what is kept gathered let go of, in the last backward of a stage alone; those of
-        several stages in that of the step."""
-        for modules, now in ((self.wrapped[stage], last), (self.rest, end)):
-            for module in modules:
-                module.set_is_last_backward(end)
-                module.set_requires_gradient_sync(now, recurse=False)
-                module.set_reshard_after_backward(now, recurse=False)
+    def _engine(self, stage: Stage) -> Engine:
+        """What runs a stage, its parameters gathered once a step."""
+        return self.engines.setdefault(id(stage), Engine(stage.executable, self.bringing, "for a step"))
 
     def _parts(self, staged: Staged, given: Values) -> list[Values]:
         """What each micro-batch is given: its samples, the counts of the whole batch, and all else as it is."""
@@ -248,24 +239,24 @@ class Pipeline:
             found[node] = all_reduce(mine, self.line.group).to(node.meta["val"].dtype)
         return found
 
-    def _finished(self, staged: Staged, held: dict[str, nn.Parameter]) -> list[Tensor | None]:
+    def _finished(self, sums: dict[int, Sums], held: dict[str, nn.Parameter]) -> list[Tensor | None]:
         """The gradients, summed over the ranks of the stage and over the stages that read a parameter."""
-        grads = {name: p.grad for name, p in held.items()}
-        sums = {name: axes for stage in staged.stages for name, axes in stage.sums.items()}
-        jobs: dict[tuple[str, torch.dtype], tuple[Group, list[Tensor]]] = {}
-        for name, grad in grads.items():
-            if name in sums and grad is not None:
-                group, local = self.line.inside.group(sums[name]), _local(grad)
-                jobs.setdefault((group.name, local.dtype), (group, []))[1].append(local)
-        for group, locals_ in jobs.values():
-            _sum_in_place(locals_, group)
+        grads: dict[str, Tensor] = {}
+        for each in sums.values():
+            for name, grad in each.finish().items():
+                grads[name] = grads[name] + grad if name in grads else grad
         for name, group in self.shared.items():  # in one order on all ranks
             if name in held:
-                grad = grads[name]
-                if grad is None:
-                    grad = grads[name] = torch.zeros_like(held[name])
-                _sum_in_place([_local(grad)], group)
-        return list(grads.values())
+                grads[name] = grads.get(name, torch.zeros_like(_local(held[name])))
+                _sum_in_place([grads[name]], group)
+        return [_resting(grads.get(name), p) for name, p in held.items()]
+
+
+def _resting(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """A gradient as its parameter lies."""
+    if grad is None or not isinstance(parameter, DTensor):
+        return grad
+    return private.distributed(grad.contiguous(), private.spec_of(parameter))
 
 
 def factored_base(decision: Decision, node: fx.Node) -> fx.Node:

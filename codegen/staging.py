@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 
 from autopar.codegen.channels import Post, connect_cuts
 from autopar.codegen.communicator import Axes, Communicator, Group, connect
+from autopar.codegen.engine import Parameters
 from autopar.codegen.executable import Executable
 from autopar.codegen.offers import batched
 from autopar.codegen.pipeline import Line, Pipeline, Staged
-from autopar.codegen.runtime import Body, Holding
+from autopar.codegen.runtime import Holding
 from autopar.codegen.stages import Stage, cut_at, stages_of
 from autopar.codegen.values import held_by
 from autopar.core.mesh import Mesh
@@ -124,21 +124,12 @@ def holding_of(plain: nn.Module, stages: Sequence[Stage], layout: Layout, line: 
                if not any(0 in layout.places[place] for place in found)}
     shared, mine = _shared(holders, layout), here(stages, layout)
 
-    def pipeline(body: Body, parameters: Callable[[], Any]) -> Pipeline:
-        wrapped = {stage.index: _wrapped(body, stage) for stage in mine}
-        apart = {module for modules in wrapped.values() for module in modules}
-        rest = tuple(m for m in body.modules() if isinstance(m, FSDPModule) and m not in apart)
-        return Pipeline(line, body, lambda: dict(parameters()), shared, wrapped, rest)
+    def pipeline(bringing: Parameters, parameters: Callable[[], Any]) -> Pipeline:
+        return Pipeline(line, bringing, lambda: dict(parameters()), shared)
 
     return Holding(frozenset(name for name, found in holders.items() if layout.place in found),
                    frozenset(call.segment.name for stage in mine for call in stage.executable.calls),
                    {name: len(found) * layout.size for name, found in holders.items()}, tellers, pipeline)
-
-
-def _wrapped(body: Body, stage: Stage) -> tuple[FSDPModule, ...]:
-    """What FSDP2 takes care of in a stage alone."""
-    groups = (group for call in stage.executable.calls for group in body.by_segment.get(call.segment.name, ()))
-    return tuple(group for group in groups if isinstance(group, FSDPModule))
 
 
 def _read(stage: Stage) -> list[str]:

@@ -60,7 +60,8 @@ def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], carg
                       together: Together) -> tuple[tuple[Seconds, Seconds], tuple[Seconds, Seconds]]:
     """Forward and backward (stored, targets), of gathers and sums that may hide, then of the reshards that are left.
 
-    A gathered parameter is gathered again in the backward unless it is kept.
+    A gathered parameter is gathered again in the backward unless it is kept. Its gradient is scattered before it is
+    summed over further axes, which then have a part of it to sum.
     """
     bandwidth = _bandwidth(cargo, mesh, price, together)
     partial = [tuple(axis for axis, state in enumerate(states) if state == "G") for states in targets]
@@ -77,7 +78,7 @@ def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], carg
         scatter = again + bandwidth("reduce_scatter", axes, parts) if cargo.differentiable else 0.0
         for j, asked in enumerate(sums):
             summed = tuple(axis for axis in asked if used[axis] == "R")
-            backward[i, j] = scatter + bandwidth("all_reduce", summed, parts)
+            backward[i, j] = scatter + bandwidth("all_reduce", summed, parts * mesh.extent(axes))
             start = tuple("G" if axis in summed else state for axis, state in enumerate(used))
             row[i, j] = starts.setdefault(start, len(starts))
     way = routes(len(cargo.sizes), mesh, cargo, price).seconds(list(starts), targets)

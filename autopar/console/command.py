@@ -32,7 +32,7 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     cluster = options.cluster or this_machine()
     stages, mesh, parts = read_counts((options.pp, options.dp, options.tp, options.micro_batches), options.mesh)
     request = Request(options.model, options.mode, mesh, options.optimizer, options.memory_budget, options.solver,
-                      options.pins, stages, parts)
+                      options.pins, stages=stages, micro_batches=parts)
     check_shapes(request, cluster)  # before anything is built
     progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")
     built = build(options.model, options.batch, options.seq)
@@ -40,7 +40,7 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     with hushed(options.verbose):
         program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
     progress.doing("working out how each operation can be cut")
-    context = checked(prepare(program))
+    context = checked(prepare(program, cluster))
     if options.explain is not None:
         op_called(context, options.explain)  # refuses an unknown one before anything is solved
     progress.doing(f"solving for {cluster}")

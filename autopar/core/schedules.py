@@ -96,11 +96,14 @@ def _looped(pipe: Pipe, device: int) -> list[Action]:
 def _looped_play(pipe: Pipe) -> tuple[Span, ...]:
     """A play of nominal lengths: of what is ready a device does a backward first, then the latest stage."""
     length = [1.0 - SHORT] + [1.0] * (pipe.stages - 2) + [SHORT]
+    left = {Action(phase, stage, m) for phase in ("forward", "backward") for stage in range(pipe.stages)
+            for m in range(pipe.micro_batches)}
     timing = Timing(tuple(length), tuple(2.0 * each for each in length), (0.0,) * (pipe.stages - 1))
     ends, free, kept = dict[Action, float](), [0.0] * pipe.devices, [0] * pipe.stages
-    following = {(phase, stage): 0 for phase in PHASES for stage in range(pipe.stages)}
+    following: dict[tuple[Phase, int], int] = {
+        (phase, stage): 0 for phase in PHASES for stage in range(pipe.stages)}
     spans: list[Span] = []
-    while len(spans) < 2 * pipe.stages * pipe.micro_batches:
+    while len(spans) < len(left):
         best: tuple[float, int, int, Action] | None = None
         for (phase, stage), m in following.items():
             ready = _ready(Action(phase, stage, m), pipe, timing, ends) if m < pipe.micro_batches else None
