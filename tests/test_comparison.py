@@ -107,4 +107,4 @@ def build(batch=64):
     assert found["modes"]["auto"] == found["step_time_s"]
     assert main([*given, "--modes"]) == 0
     said = capsys.readouterr().out
-    assert f"\nstep by mode:\nauto      {1e3 * found['step_time_s']:.3f} ms\n" in said
+    assert f"\nstep by mode:\nauto         {1e3 * found['step_time_s']:.3f} ms\n" in said
