@@ -16,7 +16,7 @@ from torch import fx
 
 from autopar.codegen.executable import Call, Executable, build, offline
 from autopar.codegen.lower import Target
-from autopar.codegen.reprice import Memory, copied, reprice, retained_by, tallied
+from autopar.codegen.reprice import Memory, copied, reprice, retained_by, tally_calls
 from autopar.codegen.retained import Retained, fuses
 from autopar.codegen.site import Draws
 from autopar.core.checkpoint import Kept, Local
@@ -128,7 +128,7 @@ def menus(decision: Decision, setting: Setting, solver: str = "cbc") -> Menus:
     """The menus of every stretch of equal segments."""
     marked = replace(decision, kept=dict.fromkeys((s.name for s in decision.context.segmented.segments), ()))
     executable = lowered(marked, setting)
-    tallies = tallied(executable, setting)
+    tallies = tally_calls(executable, setting)
     accounts = _Accounts(executable, setting)
     every = retained_by(executable, setting, tallies)
     locals_ = accounts.counted(every)

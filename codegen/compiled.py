@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,10 +24,14 @@ from autopar.codegen.executable import Call, Executable
 from autopar.codegen.joint import Cut
 from autopar.codegen.lower import Lowered
 from autopar.codegen.marks import marked
+from autopar.codegen.ranks import together
+from autopar.codegen.replay import Launches
 from autopar.core.errors import AutoparError
 
 log = logging.getLogger("autopar")
-Compiler = Literal["inductor", "eager"]
+Meet = Callable[[Callable[[], None]], None]
+"""Runs what may raise, on all ranks that compile the same."""
+Compiler = Literal["inductor", "inductor-no-graphs", "eager"]
 
 
 @dataclass(eq=False)
@@ -47,31 +52,70 @@ class Progress:
 class CompiledSegment:
     """Runs a lowered segment compiled by Inductor, forward and backward, at its first call."""
 
-    def __init__(self, lowered: Lowered, progress: Progress, cut: Cut | None = None) -> None:
-        self.name, self.compilations = lowered.segment.name, 0
-        self._progress, self._cut = progress, cut
+    def __init__(self, lowered: Lowered, progress: Progress, cut: Cut | None = None, meet: Meet = together) -> None:
+        self.name, self.compilations, self._ranks, self._cut = lowered.segment.name, 0, meet, cut
+        self._progress, self._met, self._first = progress, set[bool](), False
         module = lowered.module if cut is None else marked(lowered)
         self._run = torch.compile(module.forward, backend=self._compile, fullgraph=True, dynamic=False)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What the lowered module returns. Raises AutoparError where it can't be compiled."""
+        """What the lowered module returns. Raises AutoparError where it can't be compiled.
+
+        At the first call, with gradients or without, ranks tell each other before any of them runs what was compiled:
+        where one alone can't compile it all raise.
+        """
         before, start = self.compilations, time.perf_counter()
+        self._first = torch.is_grad_enabled() not in self._met
         try:
             found: tuple[Tensor, ...] = self._run(*inputs)
         except Exception as error:
-            if not isinstance(error, private.compiler_errors()):
+            told = self._told(error)
+            if told is error:
                 raise
-            reason = getattr(error, "inner_exception", error)
-            said = str(reason).strip().partition("\n")[0]
-            raise AutoparError(f"segment {self.name} can't be compiled ({type(reason).__name__}: {said}); pass "
-                               "compiler=\"eager\" to run it as it is") from error
+            raise told from error
+        self._meet(None)
         if self.compilations > before:
             self._progress.one_more(time.perf_counter() - start)
         return found
 
     def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
-        return private.inductor(graph, inputs, self._cut)
+        try:
+            made = private.inductor(graph, inputs, self._cut)
+        except Exception as error:
+            self._meet(self._refusal(error))
+            raise
+        self._meet(None)
+        return made
+
+    def _meet(self, refusal: Exception | None) -> None:
+        """Once a first call, on all ranks. Raises AutoparError where a rank has been refused."""
+        if self._first:
+            self._first = False
+            self._met.add(torch.is_grad_enabled())
+            self._ranks(partial(_raise, refusal))
+
+    def _told(self, error: Exception) -> Exception:
+        """What to raise for what came of a call."""
+        reason = getattr(error, "inner_exception", error)
+        if isinstance(reason, AutoparError):
+            return reason
+        told = self._refusal(error) if isinstance(error, private.compiler_errors()) else error
+        self._meet(told)
+        return told
+
+    def _refusal(self, error: Exception) -> AutoparError:
+        reason = getattr(error, "inner_exception", error)
+        said = str(reason).strip().partition("\n")[0]
+        refusal = AutoparError(f"segment {self.name} can't be compiled ({type(reason).__name__}: {said}); pass "
+                               "compiler=\"eager\" to run it as it is")
+        refusal.__cause__ = error
+        return refusal
+
+
+def _raise(refusal: Exception | None) -> None:
+    if refusal is not None:
+        raise refusal
 
 
 class CutSegment:
@@ -95,11 +139,11 @@ class CutSegment:
         return self._known[lie](*inputs)
 
 
-def by_class(executable: Executable) -> Executable:
-    """The executable with every distinct lowered segment compiled when it is first called, once for each set of values
-    that it is to keep."""
+def by_class(executable: Executable, meet: Meet = together) -> Executable:
+    """The executable with every distinct lowered segment compiled when it is first called, where ranks `meet`, once for
+    each set of values that it is to keep."""
     progress = Progress(len(_distinct(executable)))
-    return _with(executable, {key: CompiledSegment(lowered, progress, None if key[1] is None else Cut(key[1]))
+    return _with(executable, {key: CompiledSegment(lowered, progress, None if key[1] is None else Cut(key[1]), meet)
                               for key, lowered in _distinct(executable).items()})
 
 
@@ -123,8 +167,14 @@ def _with(executable: Executable, made: Mapping[Any, Callable[..., tuple[Tensor,
     return replace(executable, calls=tuple(calls))
 
 
-COMPILERS: dict[Compiler, Callable[[Executable], Executable]] = {"inductor": by_class, "eager": as_it_is}
+COMPILERS: dict[Compiler, Callable[[Executable], Executable]] = {
+    "inductor": by_class, "inductor-no-graphs": by_class, "eager": as_it_is}
 """By name, what a compiler makes of an executable."""
+BY_STAGE: dict[Compiler, Callable[[Executable], Executable]] = {
+    name: partial(by_class, meet=lambda act: act()) if name != "eager" else plain for name, plain in COMPILERS.items()}
+"""The same for stages, whose segments other ranks do not compile: one that can't ends them all."""
+RECORDS: dict[Compiler, Launches] = {"inductor": "recorded", "inductor-no-graphs": "each", "eager": "each"}
+"""By name, how steps are launched on GPUs."""
 
 
 def compiler_for(device: torch.device, asked: Compiler | None) -> Compiler:
@@ -134,7 +184,7 @@ def compiler_for(device: torch.device, asked: Compiler | None) -> Compiler:
     the default there is "eager".
     """
     usable = device.type != "cuda" or private.triton_is_usable()
-    if asked == "inductor" and not usable:
-        raise AutoparError(f"compiler=\"inductor\" needs Triton for {device}, and finds none "
+    if asked in ("inductor", "inductor-no-graphs") and not usable:
+        raise AutoparError(f"compiler=\"{asked}\" needs Triton for {device}, and finds none "
                            "that is usable; install triton, or pass compiler=\"eager\"")
     return asked or ("inductor" if device.type == "cuda" and usable else "eager")

@@ -5,13 +5,15 @@ tensor, so `torch.compile` can trace, reorder and plan memory around them.
 
 - The ops are called rather than the wrappers in `_functional_collectives`: the wrappers return a lazily waiting
   tensor subclass in eager mode, and 2.13 renames them (`all_gather_tensor` to `all_gather_single`, the old name warns).
-- A group goes in by name: 2.11 declares the argument `str`, 2.13 takes a name or a ProcessGroup.
+- A group goes in by name: 2.11 declares the argument `str`, 2.13 takes a name or a ProcessGroup. One without a name
+  connects to nobody: `stand_in` takes its place.
 - The ops bring gradient formulas of their own in both versions. They know nothing of partial gradients, so callers
   wrap every use in an autograd function.
 - `_are_we_tracing` is the one test that sees Dynamo, export and a bare AOTAutograd alike; the same in both versions.
 - `TorchDispatchMode` is documented as a way to see every op, and has no public name; the same in both versions.
 - `StorageWeakRef` tells storages apart for as long as it lives, which `data_ptr()` can't for those on meta; the same in
   both versions.
+- `_new_with_weak_ptr` gives back a storage of which only such a reference is held; the same in both versions.
 - Importing `_functional_collectives` registers the ops' fake kernels; neither version does so with
   `torch.distributed`, and tracing without them fails.
 - Fused attention's ops are called by their own names: `scaled_dot_product_attention` keeps their random state to
@@ -24,6 +26,7 @@ which takes seconds.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,29 +37,41 @@ from torch import Tensor, fx
 from torch.distributed import _functional_collectives
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_module
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
+from autopar.codegen.stand_in import received
+
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _OPS = torch.ops._c10d_functional
 _ATEN = torch.ops.aten
 
 
 def all_reduce(x: Tensor, group: str) -> Tensor:
     """The sum of `x` over the ranks of `group`, in the shape of `x`."""
-    return _wait(_OPS.all_reduce(x, "sum", group))
+    return _wait(_OPS.all_reduce(x, "sum", group)) if group else received(x, x.shape)
 
 
 def all_gather(x: Tensor, ranks: int, group: str) -> Tensor:
     """The contiguous `x` of every rank, concatenated on dim 0 in rank order: (n, …) to (ranks * n, …)."""
+    if not group:
+        return received(x, (ranks * x.shape[0], *x.shape[1:]))
     return _wait(_OPS.all_gather_into_tensor(x, ranks, group))
 
 
 def reduce_scatter(x: Tensor, ranks: int, group: str) -> Tensor:
     """This rank's part on dim 0 of the sum of the contiguous `x`: (ranks * n, …) to (n, …)."""
+    if not group:
+        return received(x, (x.shape[0] // ranks, *x.shape[1:]))
     return _wait(_OPS.reduce_scatter_tensor(x, "sum", ranks, group))
 
 
 def all_to_all(x: Tensor, ranks: int, group: str) -> Tensor:
     """Row r of the contiguous `x` (ranks, …) goes to rank r; row r of the result came from rank r."""
+    if not group:
+        return received(x, x.shape)
     return _wait(_OPS.all_to_all_single(x, [1] * ranks, [1] * ranks, group))
 
 
@@ -87,9 +102,77 @@ def _wait(x: Any) -> Tensor:
     return finished
 
 
+def start_all_gather(x: Tensor, ranks: int, group: str) -> Tensor:
+    """As `all_gather`, whose result is there after `finish`."""
+    return _OPS.all_gather_into_tensor(x, ranks, group)  # type: ignore[no-any-return]
+
+
+def start_reduce_scatter(x: Tensor, ranks: int, group: str) -> Tensor:
+    """As `reduce_scatter`, whose result is there after `finish`."""
+    return _OPS.reduce_scatter_tensor(x, "sum", ranks, group)  # type: ignore[no-any-return]
+
+
+def start_all_to_all(x: Tensor, ranks: int, group: str) -> Tensor:
+    """As `all_to_all`, whose result is there after `finish`."""
+    return _OPS.all_to_all_single(x, [1] * ranks, [1] * ranks, group)  # type: ignore[no-any-return]
+
+
+def start_all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum of `x` over the ranks of `group`, in the memory of `x`; there after `finish`."""
+    return _OPS.all_reduce_(x, "sum", group)  # type: ignore[no-any-return]
+
+
+def finish(x: Tensor) -> Tensor:
+    """What was started: the device's work goes on once it is there, on CPUs the call does."""
+    return _wait(x)
+
+
+def keeps_graph() -> bool:
+    """Inside of a backward, whether it was asked for with `retain_graph=True`: no public name, the same in both."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def before_groups_end(action: Callable[[], None]) -> None:
+    """Run `action` whenever process groups are about to be destroyed.
+
+    NCCL waits in `destroy_process_group` for all graphs that hold its collectives to go, for ever, and torch has no
+    place to hang this on: its function is wrapped, under both names that it is called by, in both versions.
+    """
+    from torch.distributed import distributed_c10d
+    plain = distributed_c10d.destroy_process_group
+
+    @functools.wraps(plain)
+    def destroy_process_group(*args: Any, **kwargs: Any) -> None:
+        action()
+        plain(*args, **kwargs)
+
+    distributed_c10d.destroy_process_group = destroy_process_group
+    torch.distributed.destroy_process_group = destroy_process_group
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """`target.copy_(source)` for each of them, in few kernels: named as private in both versions."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+def storage_bytes(reference: StorageWeakRef) -> int:
+    """The bytes of a storage, 0 where it is gone."""
+    storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+    return 0 if storage is None else storage.nbytes()
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that tensors of one storage share, for as long as one of them lives."""
+    return StorageWeakRef(tensor.untyped_storage()).cdata  # type: ignore[no-any-return]
+
+
 def spec_of(tensor: DTensor) -> Any:
     """How a DTensor lies, as torch keeps it."""
     return tensor._spec
+
+
+def local_of(tensor: DTensor) -> Tensor:
+    """This rank's part: `to_local()` makes a node of autograd's graph for it."""
+    return tensor._local_tensor
 
 
 def distributed(local: Tensor, spec: Any) -> DTensor:
@@ -102,6 +185,16 @@ def distributed(local: Tensor, spec: Any) -> DTensor:
         return DTensor.from_local(local, spec.mesh, spec.placements, run_check=False, shape=spec.shape,
                                   stride=spec.stride)
     return DTensor(local, spec, requires_grad=False)
+
+
+def is_watched(optimizer: Optimizer) -> bool:
+    """Whether others than this package are called before or after the optimizer's steps.
+
+    Hooks are registered publicly, and told of by nothing; the names are the same in both versions.
+    """
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
+           optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks)
+    return any(not hook.__module__.startswith("autopar.") for hooks in own for hook in hooks.values())
 
 
 Partition = Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]]
@@ -133,7 +226,7 @@ def inductor(graph: fx.GraphModule, inputs: list[Any], partition: Partition | No
     width = getattr(pick_vec_isa(), "bit_width", lambda: None)()
     chosen = {} if partition is None else {"custom_partitioner_fn": _partitioner(partition)}
     with (config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False),
-          inductor_config.patch({"cpp.simdlen": width, **chosen})):
+          inductor_config.patch({"cpp.simdlen": width, **chosen}), sdpa_kernel(ATTENTION, set_priority=True)):
         compiled: Any = compile_fx(graph, inputs, inner_compile=donating_nothing)
     return compiled  # type: ignore[no-any-return]
 
@@ -271,3 +364,25 @@ def _efficient_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Ten
 
 FLASH = Kernel(_flash, _flash_backward)
 MEMORY_EFFICIENT = Kernel(_efficient, _efficient_backward)
+
+
+def fused_attention(kind: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+                    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+                    enable_gqa: bool = False) -> Tensor:
+    """What attention runs on a device of `kind`, on meta too: which kernel that is, torch decides by the device.
+
+    On meta it takes the formula that makes all scores.
+    """
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    mask, rate, causal, scale = attn_mask, dropout_p, is_causal, scale or query.shape[-1] ** -0.5
+    if kind == "cpu" and rate == 0.0 and (mask is None or not mask.requires_grad):
+        bias = mask if mask is None or mask.dtype != torch.bool else torch.zeros_like(mask, dtype=query.dtype)
+        found: Tensor = _ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, rate, causal,
+                                                                          attn_mask=bias, scale=scale)[0]
+        return found
+    if kind == "cuda" and query.dtype != torch.float32:
+        return FLASH.forward(query, key, value, None, rate, causal, scale)[0] if mask is None else (
+            MEMORY_EFFICIENT.forward(query, key, value, mask.to(query.dtype), rate, causal, scale)[0])
+    plain: Tensor = _ATEN.scaled_dot_product_attention(query, key, value, mask, rate, causal, scale=scale)
+    return plain

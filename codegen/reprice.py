@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from autopar.codegen.arrivals import arrivals
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.executable import Call, Executable
 from autopar.codegen.marks import names
@@ -21,17 +22,17 @@ from autopar.codegen.retained import Rates, Retained, fuses, retained
 from autopar.core.checkpoint import keep
 from autopar.core.reshard import MOVES_DATA, Primitive
 from autopar.core.sharding import Priced, Sums
-from autopar.core.spec import Spec
-from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.choices import compute_dtype
 from autopar.passes.costs import work_of
 from autopar.passes.decision import Decision
 from autopar.passes.exchanges import Exchange, exchange_seconds
 from autopar.passes.gathering import latency_share, shared_seconds
-from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
+from autopar.passes.layout import itemsize, local_factors, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.ops import Op
 from autopar.passes.problem import Setting
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +52,35 @@ class Memory:
 
 
 @dataclass(slots=True)
-class _Phase:
-    work: float = 0.0
+class Phase:
+    """Seconds of one phase of a call: what its ops compute, what they send inside, and communication around them."""
+
+    compute: float = 0.0
+    talk: float = 0.0
     inline: float = 0.0
     hidden: float = 0.0
+    again: float = 0.0
+
+    @property
+    def sums(self) -> Sums:
+        """As `core.sharding` adds them up."""
+        return Sums(self.compute + self.talk, self.inline, self.hidden)
 
 
 @dataclass(slots=True)
-class _Tally:
-    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies,
-    `made` the seconds of making what `marks` names."""
+class Tally:
+    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies.
+
+    Of the seconds of parameters' communication `once` are those that a step takes once however many micro-batches it
+    has, `again` in a phase those that each takes; `made` are the seconds of making what `marks` names.
+    """
 
     share: float
-    forward: _Phase = field(default_factory=_Phase)
-    backward: _Phase = field(default_factory=_Phase)
+    forward: Phase = field(default_factory=Phase)
+    backward: Phase = field(default_factory=Phase)
     saved: float = 0.0
     working: float = 0.0
+    once: float = 0.0
     made: dict[str, float] = field(default_factory=dict)
 
 
@@ -93,25 +107,17 @@ class Shapes(fx.Interpreter):
 def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
     """Seconds a step and bytes a device of a lowered program."""
     compute = inline = exposed = 0.0
-    tallies = tallied(executable, setting)
+    tallies = tally_calls(executable, setting)
     kept = saved_by(executable, setting, tallies)
     for tally, each in zip(tallies, kept, strict=True):
-        for phase in (tally.forward, tally.backward):
-            work = phase.work + (each.seconds if phase is tally.backward else 0.0)
-            compute += work
-            inline += phase.inline
-            exposed += Sums(work, phase.inline, phase.hidden).exposed
+        for sums in (tally.forward.sums, _with_more(tally.backward.sums, each.seconds)):
+            compute, inline, exposed = compute + sums.work, inline + sums.inline, exposed + sums.exposed
     memory = _fullest(executable, setting, tallies, kept)
     return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
 
 
-def tallied(executable: Executable, setting: Setting) -> list[_Tally]:
-    """What each call comes to when it recomputes nothing."""
-    cache: dict[int, _Tally] = {}
-    for call in executable.calls:
-        if id(call.lowered) not in cache:
-            cache[id(call.lowered)] = _tally(call, executable.decision, setting)
-    return [cache[id(call.lowered)] for call in executable.calls]
+def _with_more(sums: Sums, seconds: float) -> Sums:
+    return replace(sums, work=sums.work + seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +129,7 @@ class Held:
     transient: float = 0.0
 
 
-def saved_by(executable: Executable, setting: Setting, tallies: list[_Tally]) -> list[Held]:
+def saved_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> list[Held]:
     """What each call holds: what the plan keeps, a value that crosses segments once, or else all results."""
     kept = executable.decision.kept
     if not kept:
@@ -141,7 +147,7 @@ def saved_by(executable: Executable, setting: Setting, tallies: list[_Tally]) ->
     return found
 
 
-def retained_by(executable: Executable, setting: Setting, tallies: list[_Tally]) -> list[Retained]:
+def retained_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> list[Retained]:
     """What the backward of each call needs."""
     device, fused = setting.device, fuses(setting)
     cache: dict[int, Retained] = {}
@@ -152,13 +158,28 @@ def retained_by(executable: Executable, setting: Setting, tallies: list[_Tally])
     return [cache[id(call.lowered)] for call in executable.calls]
 
 
-def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
-    lowered = call.lowered
+def tally_calls(executable: Executable, setting: Setting) -> list[Tally]:
+    """What each call comes to, ops multiplied by what was measured of their class."""
+    cache: dict[int, Tally] = {}
+    for call in executable.calls:
+        if id(call.lowered) not in cache:
+            tally = cache[id(call.lowered)] = _tally(call, executable, setting)
+            name = executable.decision.context.segmented.class_name(call.segment.class_id)
+            forward, backward = setting.factors.get(name, (1.0, 1.0))
+            tally.forward.compute *= forward
+            tally.backward.compute *= backward
+            tally.made.update({value: forward * seconds for value, seconds in tally.made.items()})
+    return [cache[id(call.lowered)] for call in executable.calls]
+
+
+def _tally(call: Call, executable: Executable, setting: Setting) -> Tally:
+    lowered, decision = call.lowered, executable.decision
+    given = arrivals(lowered, decision, executable.target.inputs)
     shapes = Shapes(lowered.module)
     with torch.no_grad():
-        seed = torch.empty((), dtype=torch.int64, device="meta")
-        shapes.run(*_arguments(call, decision), *[seed] * (1 + lowered.host_seeded))
-    tally = _Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
+        seed = torch.empty((), dtype=torch.int64, device=META)
+        shapes.run(*(each.blank(META) for each in given), *[seed] * (1 + lowered.host_seeded))
+    tally = Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
     by_op: dict[int, list[fx.Node]] = {}
     for node in lowered.module.graph.nodes:
         if "op" in node.meta:
@@ -174,31 +195,17 @@ def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
     return tally
 
 
-def _arguments(call: Call, decision: Decision) -> list[Tensor]:
-    """The externals of the lowered segment on `meta`, as they arrive."""
-    factored = decision.context.segmented.factored
-    made = []
-    for node, placeholder in zip(call.lowered.segment.externals, call.lowered.module.graph.nodes, strict=False):
-        value = node.meta["val"]
-        spec = decision.arrival(node) or Spec(((),) * len(factored.flat(node)))
-        dtype = value.dtype
-        if node in decision.storage:
-            spec = decision.storage[node].spec(len(factored.flat(node)), node in decision.context.gradients)
-            mixed = factored.program.precision.endswith("-mixed") and dtype == COMPUTE_DTYPE[factored.program.precision]
-            dtype = torch.float32 if mixed else dtype
-        assert placeholder.op == "placeholder"
-        made.append(torch.empty(local_shape(factored, node, spec, decision.mesh), dtype=dtype, device="meta"))
-    return made
-
-
-def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting,
+def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: Decision, setting: Setting,
                        called: dict[fx.Node, str]) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
-        names = {n.name for n in decision.context.gradients}
-        nbytes = sum(_nbytes(shapes.env[n]) for n in node.all_input_nodes if n.name in names)
-        count = sum(n.name in names for n in node.all_input_nodes)
-        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, count * tally.share)
+        gathered = {n.name: decision.mesh.extent(s.gathered) for n, s in decision.storage.items()
+                    if n in decision.context.gradients}
+        trained = [n for n in node.all_input_nodes if n.name in gathered]
+        nbytes = sum(_nbytes(shapes.env[n]) / gathered[n.name] for n in trained)
+        seconds = _together(setting, "all_reduce", module.axes, nbytes, len(trained) * tally.share)
+        tally.backward.hidden += seconds
+        tally.once += seconds
         return
     assert isinstance(module, Reshard)
     _, differentiable = node.meta["reshard"]
@@ -210,7 +217,7 @@ def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: D
         tally.backward.inline += backward if differentiable else 0.0
 
 
-def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_gather(node: fx.Node, tally: Tally, decision: Decision, setting: Setting) -> None:
     """The gathers of a parameter that rests sharded, and the scattered sum of its gradient."""
     factored, storage = decision.context.segmented.factored, decision.storage[node]
     trained = node in decision.context.gradients
@@ -218,17 +225,21 @@ def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setti
     elements = math.prod(local_factors(factored, node, spec, decision.mesh))
     gathered = _together(setting, "all_gather", storage.gathered, elements * itemsize(node), tally.share)
     tally.forward.hidden += gathered
+    tally.once += gathered if storage.kept else 0.0
+    tally.forward.again += 0.0 if storage.kept else gathered
     if trained:
         master = 4 if factored.program.precision.endswith("-mixed") else itemsize(node)
         scattered = _together(setting, "reduce_scatter", storage.gathered, elements * master, tally.share)
         tally.backward.hidden += scattered + (0.0 if storage.kept else gathered)
+        tally.once += scattered
+        tally.backward.again += 0.0 if storage.kept else gathered
 
 
 def _together(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nbytes: float, share: float) -> float:
     return shared_seconds(setting.price, setting.mesh, primitive, axes, nbytes, share)
 
 
-def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting,
+def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: Tally, decision: Decision, setting: Setting,
             called: dict[fx.Node, str]) -> None:
     inside = set(nodes)
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n.name != "seed")
@@ -244,13 +255,17 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decisio
     through = any(r.node in decision.context.gradients for r in op.results)
     sent = [exchange for node in nodes if node.op == "call_module" for exchange in shapes.sent[str(node.target)]]
     talk = exchange_seconds(sent, setting.price)
-    forward = work.forward_seconds(device) + talk[0]
-    tally.made.update((called[node], forward) for node in nodes if node in called)
-    tally.forward.work += forward
-    tally.backward.work += work.backward_seconds(device) + talk[1] if through else 0.0
+    forward = work.forward_seconds(device)
+    tally.made.update((called[node], forward + talk[0]) for node in nodes if node in called)
+    tally.forward.compute += forward
+    tally.forward.talk += talk[0]
+    if through:
+        tally.backward.compute += work.backward_seconds(device)
+        tally.backward.talk += talk[1]
     made_here = zip(op.results, results, strict=True)
-    tally.working = max(tally.working, nbytes)
+    tally.working = max(tally.working, nbytes + work.beside.room)
     tally.saved += sum(_nbytes(t) for r, t in made_here if r.node in decision.context.gradients)
+    tally.saved += work.beside.kept if through else 0.0
 
 
 def _tensors(node: fx.Node) -> Iterable[fx.Node]:
@@ -275,7 +290,7 @@ def copied(decision: Decision, node: fx.Node) -> bool:
     return not decision.kept or bool(decision.storage[node].gathered)
 
 
-def _fullest(executable: Executable, setting: Setting, tallies: list[_Tally], saves: list[Held]) -> Memory:
+def _fullest(executable: Executable, setting: Setting, tallies: list[Tally], saves: list[Held]) -> Memory:
     """The bytes of the fullest moment: the backward of each call in turn, of which the last comes first."""
     decision = executable.decision
     kept = {node: held(decision.context, node, storage, decision.mesh, setting.optimizer.state_bytes)

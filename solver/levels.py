@@ -53,7 +53,7 @@ def formulate_bytes(step: Step) -> Model:
 
 def _draft(step: Step) -> tuple[Model, list[list[Variable]]]:
     model = Model("levels")
-    numbers = [[model.number(f"n({g},{e})", stretch.count) for e in range(len(stretch.menu))]
+    numbers = [[model.whole(f"n({g},{e})", stretch.count) for e in range(len(stretch.menu))]
                for g, stretch in enumerate(step.stretches)]
     for g, (stretch, row) in enumerate(zip(step.stretches, numbers, strict=True)):
         model.equal([(n, 1.0) for n in row], stretch.count)

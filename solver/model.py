@@ -69,7 +69,7 @@ class Model:
         """A new variable that is 0 or 1."""
         return self._add(name, 1, pulp.LpInteger)
 
-    def number(self, name: str, most: int) -> Variable:
+    def whole(self, name: str, most: float) -> Variable:
         """A new variable that is a whole number from 0 to `most`."""
         return self._add(name, most, pulp.LpInteger)
 
