@@ -29,6 +29,48 @@ class PlannedParameter:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """Consecutive segments, `first` to `last`, on `devices` in the order of the mesh: seconds of a micro-batch forward
+    and backward there and of bringing it to the next stage, bytes a device, micro-batches kept at once."""
+
+    first: str
+    last: str
+    segments: int
+    devices: tuple[int, ...]
+    forward_s: float
+    backward_s: float
+    sent_s: float
+    nbytes: float
+    in_flight: int
+
+    def __post_init__(self) -> None:
+        check_finite("stage", {name: getattr(self, name) for name in ("forward_s", "backward_s", "sent_s", "nbytes")})
+
+
+@dataclass(frozen=True, slots=True)
+class Pipelining:
+    """How a plan with stages runs: a step's micro-batches, in the order of `schedule`."""
+
+    stages: tuple[PlannedStage, ...] = ()
+    micro_batches: int = 1
+    schedule: str = "1f1b"
+
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """The devices that stages run on, each once: a schedule may put several stages on the same."""
+        return tuple(dict.fromkeys(stage.devices for stage in self.stages))
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """All devices, place by place."""
+        return tuple(device for place in self.places for device in place)
+
+
+ALONE = Pipelining()
+"""What a plan without stages has."""
+
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
     """A predicted step: the parts add up to `step`. `bubble` is the wait of a pipeline, 0 without one."""
 

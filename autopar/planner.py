@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from autopar import pipelines
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.executable import offline
 from autopar.codegen.lower import Target
@@ -52,7 +54,8 @@ Report = Callable[[str], None]
 class Request:
     """What is asked for. `mesh` None searches shapes; `memory_budget` in bytes, None: the device less a reserve.
 
-    `pins` fix ops to strategies, as texts of a plan; `observed` is what was measured of segments.
+    `pins` fix ops to strategies, as texts of a plan; `observed` is what was measured of segments. `stages` and
+    `micro_batches` None are searched by modes that take stages; `mesh` is then that of a stage.
     """
 
     model: str
@@ -63,12 +66,16 @@ class Request:
     solver: str = "cbc"
     pins: Pins = ()
     observed: tuple[Observed, ...] = ()
+    stages: int | None = None
+    micro_batches: int | None = None
 
-    def setting(self, cluster: Cluster, shape: tuple[int, ...], pinned: dict[str, Storage] | None = None) -> Setting:
+    def setting(self, cluster: Cluster, shape: tuple[int, ...], pinned: dict[str, Storage] | None = None,
+                stages: int = 1) -> Setting:
         """The setting on one mesh shape. Raises AutoparError for unknown words or a mesh of another size."""
-        if Mesh(shape).size != cluster.size:
-            raise AutoparError(f"mesh {Mesh(shape)} has {Mesh(shape).size} devices, cluster {cluster.name} has "
-                               f"{cluster.size}; choose a mesh whose sizes multiply to {cluster.size}")
+        if Mesh(shape).size * stages != cluster.size:
+            each = "" if stages == 1 else f" in each of {stages} stages"
+            raise AutoparError(f"mesh {Mesh(shape)} has {Mesh(shape).size} devices{each}, cluster {cluster.name} has "
+                               f"{cluster.size}; choose a mesh whose sizes multiply to {cluster.size / stages:g}")
         budget = self.memory_budget
         if budget is None:
             budget = (1 - RESERVE) * min(device.memory_bytes for device in cluster.devices)
@@ -102,6 +109,9 @@ def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...
 
 def check_shapes(request: Request, cluster: Cluster) -> None:
     """Raises AutoparError where what is asked for doesn't fit together, whatever the program."""
+    if with_stages(request):
+        stage_meshes(request, cluster)
+        return
     for shape in shapes_for(request, cluster):
         request.setting(cluster, shape).mode.on(shape)
 
@@ -111,6 +121,100 @@ def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lam
 
     Raises Infeasible when no shape has one, AutoparError when that is for the pins alone.
     """
+    if with_stages(request):
+        found = _staged(ctx, cluster, request, report, math.inf)
+        assert found is not None
+        return found
+    alone = _of_one_stage(ctx, cluster, request, report)
+    if not may_have_stages(request, cluster):
+        return alone
+    with contextlib.suppress(AutoparError):  # a pipeline is one more way, not a must
+        found = _staged(ctx, cluster, request, report, alone[0].step_time_s)
+        if found is not None:
+            return found
+    return alone
+
+
+def with_stages(request: Request) -> bool:
+    """Whether only plans with stages are asked for."""
+    return mode_called(request.mode).staged or (request.stages or 1) > 1
+
+
+def may_have_stages(request: Request, cluster: Cluster) -> bool:
+    """Whether a plan with stages would do besides one without."""
+    return (request.mode == "auto" and request.stages is None and request.mesh is None and not request.pins
+            and cluster.size > 1)
+
+
+def stage_meshes(request: Request, cluster: Cluster) -> dict[int, tuple[tuple[int, ...], ...]]:
+    """By devices of a stage, the meshes to try. Raises AutoparError when there are none."""
+    mode, size = mode_called(request.mode), cluster.size
+    if request.stages is not None and size % request.stages:
+        raise AutoparError(f"{request.stages} stages do not divide the {size} devices of {cluster.name}; use one of "
+                           f"{', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}")
+    counts = [request.stages] if request.stages else [n for n in range(2, size + 1) if size % n == 0]
+    found = {}
+    for n in (size // stages for stages in counts):
+        shapes = (request.mesh,) if request.mesh else mode.shapes(n)
+        found[n] = tuple(shape for shape in shapes if Mesh(shape).size == n)
+    found = {n: shapes for n, shapes in found.items() if shapes}
+    if not found:
+        mesh = f" on mesh {Mesh(request.mesh)}" if request.mesh else ""
+        raise AutoparError(f"mode {request.mode} wants {mode.wants} in each of its stages{mesh}, {cluster.name} has "
+                           f"{size} devices for {request.stages or 'any number of'} stages; use other stages, another "
+                           "mesh or another mode")
+    for shapes in found.values():
+        for shape in shapes:
+            mode.on(shape)
+    return found
+
+
+def _staged(ctx: Context, cluster: Cluster, request: Request, report: Report,
+            beat: float) -> tuple[Plan, Problem] | None:
+    """The best plan with stages of fewer seconds than `beat`, None without one. Raises AutoparError."""
+    start, meshes = time.perf_counter(), stage_meshes(request, cluster)
+    shapes = pipelines.shapes_to_try(cluster, batch_of(ctx), len(ctx.segmented.segments), meshes, request.micro_batches)
+    if not shapes and math.isinf(beat):
+        raise AutoparError(f"no number of stages and micro-batches fits the batch of {batch_of(ctx)} and the "
+                           f"{len(ctx.segmented.segments)} segments of {request.model} on {cluster.name}; use at most "
+                           f"{len(ctx.segmented.segments)} stages and micro-batches that divide the batch")
+    size, shape = next(iter(meshes.items()))
+    setting = request.setting(cluster, shape[0], stages=cluster.size // size)
+    found, least, told, refusals = pipelines.search(
+        pipelines.MicroContexts(ctx), cluster, shapes, pipelines.Asked(setting, request.solver, SOLVE_LIMIT_S, report),
+        beat)
+    if found is None:
+        if math.isinf(beat):
+            raise refusals[0]
+        return None
+    return pipelined_plan(found, least, told, ctx, request, time.perf_counter() - start), found.problem
+
+
+def pipelined_plan(found: pipelines.Found, least: float, told: list[tuple[str, float]], ctx: Context, request: Request,
+                   spent: float) -> Plan:
+    """The plan of what was found; `ctx` is the program of the whole batch."""
+    setting, assembled = found.problem.setting, found.assembled
+    program = ctx.segmented.factored.program
+    notes = [n.removeprefix("attention: ") for n in program.notes if n.startswith("attention: ")]
+    gap = max(0.0, 1.0 - least / found.seconds)
+    return Plan(
+        request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
+        program.precision, request.optimizer, status_of(gap), gap,
+        pipelines.seconds_of(found.assembly, assembled.taken, found.schedule),
+        pipelines.bytes_of(found.assembly, assembled.taken), planned_ops(found.decision),
+        planned_parameters(found.decision), ", ".join(notes), fallback_ops(ctx), len(found.problem.instance.nodes),
+        edge_count(found.problem.instance), spent, workload_of(ctx),
+        peak_flops_per_s(setting.cluster, program.precision), pipelining=pipelines.pipelining_of(found))
+
+
+def batch_of(ctx: Context) -> int:
+    """The samples of a program's batch."""
+    program = ctx.segmented.factored.program
+    tensors = [n.meta["val"] for n in program.placeholders("input") if isinstance(n.meta.get("val"), torch.Tensor)]
+    return int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
+
+
+def _of_one_stage(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[Plan, Problem]:
     best: tuple[Solution, Problem] | None = None
     start, least = time.perf_counter(), math.inf
     for problem, begun in _begun(ctx, cluster, request, report):
@@ -271,10 +375,22 @@ def check_origin(plan: Plan, ctx: Context, cluster: Cluster) -> None:
                            "the model, its input shapes or its precision differ: plan again")
 
 
+def check_one_stage(plan: Plan, what: str) -> None:
+    """Raises AutoparError for a plan with stages, which can't be `what` yet."""
+    if plan.stages:
+        raise AutoparError(f"the plan has {len(plan.stages)} stages, and only plans without stages can be {what}; plan "
+                           "in a mode without stages, such as zero2")
+
+
 def setting_of(plan: Plan, cluster: Cluster) -> Setting:
     """The setting a plan was made for, with the budget that a device has by default."""
+    stages = max(1, len(plan.pipelining.places))
     asked = Request(plan.model, plan.mode, plan.mesh, plan.optimizer, observed=plan.observed)
-    return asked.setting(cluster, plan.mesh)
+    setting = asked.setting(cluster, plan.mesh, stages=stages)
+    if not plan.stages:
+        return setting
+    shape = pipelines.Shape(stages, plan.micro_batches, plan.mesh)
+    return pipelines.staged_setting(setting, shape, plan.pipelining.layout)
 
 
 def annotated(program: Program | Context, plan: Plan) -> Context:
@@ -296,14 +412,22 @@ def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[fl
     ctx = annotated(program, plan)
     check_origin(plan, ctx, cluster)
     setting = setting_of(plan, cluster)
-    priced, memory = price_lowered(decision_of(plan, ctx), setting)
-    claims = (("seconds", plan.seconds.step, priced.seconds), ("bytes", plan.memory.total, memory.total),
+    seconds, nbytes = _recomputed(plan, ctx, setting)
+    claims = (("seconds", plan.seconds.step, seconds), ("bytes", plan.memory.total, nbytes),
               ("FLOP", plan.workload.flop, workload_of(ctx).flop))
     for what, claimed, found in claims:
         if abs(claimed - found) > AGREEMENT * abs(found):
             raise AutoparError(f"the plan claims {claimed:.9g} {what}, its lowered program comes to {found:.9g}; it "
                                "was edited or made by another version: plan again")
-    return priced.seconds, memory.total
+    return seconds, nbytes
+
+
+def _recomputed(plan: Plan, ctx: Context, setting: Setting) -> tuple[float, float]:
+    if not plan.stages:
+        priced, memory = price_lowered(decision_of(plan, ctx), setting)
+        return priced.seconds, memory.total
+    small, _ = pipelines.MicroContexts(ctx).of(plan.micro_batches)
+    return pipelines.recomputed(plan.pipelining, decision_of(plan, small), setting)
 
 
 def evaluation_storage(decision: Decision) -> dict[str, Storage]:
@@ -312,14 +436,12 @@ def evaluation_storage(decision: Decision) -> dict[str, Storage]:
     return {sources[n.name].name: storage for n, storage in decision.storage.items()}
 
 
-def solve_pinned(ctx: Context, cluster: Cluster, request: Request, shape: tuple[int, ...],
-                 stored: dict[str, Storage]) -> Decision:
+def solve_pinned(ctx: Context, setting: Setting, request: Request, stored: dict[str, Storage]) -> Decision:
     """The best decision for a program whose parameters rest as another's plan says."""
     sources = ctx.segmented.factored.program.sources
-    whole = Storage(("R",) * len(shape))
+    whole = Storage(("R",) * len(setting.mesh.shape))
     pinned = {n.name: stored.get(sources[n.name].name, whole) for n in ctx.parameters()}
-    setting = request.setting(cluster, shape, pinned)
-    relaxed = replace(setting, mode=_relaxed(setting.mode), budget=float("inf"))
+    relaxed = replace(setting, mode=_relaxed(setting.mode), budget=float("inf"), pinned=pinned)
     problem = build(ctx, relaxed)
     return problem.decide(optimise(problem.instance, request.solver).choices)
 

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,10 +22,13 @@ from torch import Tensor, fx
 from autopar.codegen import private
 from autopar.codegen.executable import Executable
 from autopar.codegen.lower import Lowered
+from autopar.codegen.ranks import together
 from autopar.codegen.replay import Launches
 from autopar.core.errors import AutoparError
 
 log = logging.getLogger("autopar")
+Meet = Callable[[Callable[[], None]], None]
+"""Runs what may raise, on all ranks that compile the same."""
 Compiler = Literal["inductor", "inductor-no-graphs", "eager"]
 
 
@@ -46,43 +50,85 @@ class Progress:
 class CompiledSegment:
     """Runs a lowered segment compiled by Inductor, forward and backward, at its first call."""
 
-    def __init__(self, lowered: Lowered, progress: Progress) -> None:
-        self.name, self.compilations = lowered.segment.name, 0
-        self._progress = progress
+    def __init__(self, lowered: Lowered, progress: Progress, meet: Meet = together) -> None:
+        self.name, self.compilations, self._ranks = lowered.segment.name, 0, meet
+        self._progress, self._met, self._first = progress, set[bool](), False
         self._run = torch.compile(lowered.module.forward, backend=self._compile, fullgraph=True, dynamic=False)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What the lowered module returns. Raises AutoparError where it can't be compiled."""
+        """What the lowered module returns. Raises AutoparError where it can't be compiled.
+
+        At the first call, with gradients or without, ranks tell each other before any of them runs what was compiled:
+        where one alone can't compile it all raise.
+        """
         before, start = self.compilations, time.perf_counter()
+        self._first = torch.is_grad_enabled() not in self._met
         try:
             found: tuple[Tensor, ...] = self._run(*inputs)
         except Exception as error:
-            if not isinstance(error, private.compiler_errors()):
+            told = self._told(error)
+            if told is error:
                 raise
-            reason = getattr(error, "inner_exception", error)
-            said = str(reason).strip().partition("\n")[0]
-            raise AutoparError(f"segment {self.name} can't be compiled ({type(reason).__name__}: {said}); pass "
-                               "compiler=\"eager\" to run it as it is") from error
+            raise told from error
+        self._meet(None)
         if self.compilations > before:
             self._progress.one_more(time.perf_counter() - start)
         return found
 
     def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
-        return private.inductor(graph, inputs)
+        try:
+            made = private.inductor(graph, inputs)
+        except Exception as error:
+            self._meet(self._refusal(error))
+            raise
+        self._meet(None)
+        return made
+
+    def _meet(self, refusal: Exception | None) -> None:
+        """Once a first call, on all ranks. Raises AutoparError where a rank has been refused."""
+        if self._first:
+            self._first = False
+            self._met.add(torch.is_grad_enabled())
+            self._ranks(partial(_raise, refusal))
+
+    def _told(self, error: Exception) -> Exception:
+        """What to raise for what came of a call."""
+        reason = getattr(error, "inner_exception", error)
+        if isinstance(reason, AutoparError):
+            return reason
+        told = self._refusal(error) if isinstance(error, private.compiler_errors()) else error
+        self._meet(told)
+        return told
+
+    def _refusal(self, error: Exception) -> AutoparError:
+        reason = getattr(error, "inner_exception", error)
+        said = str(reason).strip().partition("\n")[0]
+        refusal = AutoparError(f"segment {self.name} can't be compiled ({type(reason).__name__}: {said}); pass "
+                               "compiler=\"eager\" to run it as it is")
+        refusal.__cause__ = error
+        return refusal
 
 
-def by_class(executable: Executable) -> Executable:
-    """The executable with every distinct lowered segment compiled when it is first called."""
+def _raise(refusal: Exception | None) -> None:
+    if refusal is not None:
+        raise refusal
+
+
+def by_class(executable: Executable, meet: Meet = together) -> Executable:
+    """The executable with every distinct lowered segment compiled when it is first called, where ranks `meet`."""
     distinct = {id(call.lowered): call.lowered for call in executable.calls}
     progress = Progress(len(distinct))
-    made = {key: CompiledSegment(lowered, progress) for key, lowered in distinct.items()}
+    made = {key: CompiledSegment(lowered, progress, meet) for key, lowered in distinct.items()}
     return replace(executable, calls=tuple(replace(call, run=made[id(call.lowered)]) for call in executable.calls))
 
 
 COMPILERS: dict[Compiler, Callable[[Executable], Executable]] = {
     "inductor": by_class, "inductor-no-graphs": by_class, "eager": lambda plain: plain}
 """By name, what a compiler makes of an executable."""
+BY_STAGE: dict[Compiler, Callable[[Executable], Executable]] = {
+    name: partial(by_class, meet=lambda act: act()) if name != "eager" else plain for name, plain in COMPILERS.items()}
+"""The same for stages, whose segments other ranks do not compile: one that can't ends them all."""
 RECORDS: dict[Compiler, Launches] = {"inductor": "recorded", "inductor-no-graphs": "each", "eager": "each"}
 """By name, how steps are launched on GPUs."""
 

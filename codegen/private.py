@@ -37,6 +37,8 @@ from torch.distributed import _functional_collectives
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_module
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from autopar.codegen.stand_in import received
@@ -182,6 +184,16 @@ def distributed(local: Tensor, spec: Any) -> DTensor:
         return DTensor.from_local(local, spec.mesh, spec.placements, run_check=False, shape=spec.shape,
                                   stride=spec.stride)
     return DTensor(local, spec, requires_grad=False)
+
+
+def is_watched(optimizer: Optimizer) -> bool:
+    """Whether others than this package are called before or after the optimizer's steps.
+
+    Hooks are registered publicly, and told of by nothing; the names are the same in both versions.
+    """
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
+           optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks)
+    return any(not hook.__module__.startswith("autopar.") for hooks in own for hook in hooks.values())
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

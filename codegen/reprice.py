@@ -56,6 +56,7 @@ class Phase:
     talk: float = 0.0
     inline: float = 0.0
     hidden: float = 0.0
+    again: float = 0.0
 
     @property
     def sums(self) -> Sums:
@@ -65,13 +66,18 @@ class Phase:
 
 @dataclass(slots=True)
 class Tally:
-    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies."""
+    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies.
+
+    Of the seconds of parameters' communication `once` are those that a step takes once however many micro-batches it
+    has, `again` in a phase those that each takes.
+    """
 
     share: float
     forward: Phase = field(default_factory=Phase)
     backward: Phase = field(default_factory=Phase)
     saved: float = 0.0
     working: float = 0.0
+    once: float = 0.0
 
 
 class Shapes(fx.Interpreter):
@@ -144,7 +150,9 @@ def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: De
                     if n in decision.context.gradients}
         trained = [n for n in node.all_input_nodes if n.name in gathered]
         nbytes = sum(_nbytes(shapes.env[n]) / gathered[n.name] for n in trained)
-        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, len(trained) * tally.share)
+        seconds = _together(setting, "all_reduce", module.axes, nbytes, len(trained) * tally.share)
+        tally.backward.hidden += seconds
+        tally.once += seconds
         return
     assert isinstance(module, Reshard)
     _, differentiable = node.meta["reshard"]
@@ -163,10 +171,14 @@ def _add_gather(node: fx.Node, tally: Tally, decision: Decision, setting: Settin
     elements = math.prod(local_factors(factored, node, spec, decision.mesh))
     gathered = _together(setting, "all_gather", storage.gathered, elements * itemsize(node), tally.share)
     tally.forward.hidden += gathered
+    tally.once += gathered if storage.kept else 0.0
+    tally.forward.again += 0.0 if storage.kept else gathered
     if trained:
         master = 4 if factored.program.precision.endswith("-mixed") else itemsize(node)
         scattered = _together(setting, "reduce_scatter", storage.gathered, elements * master, tally.share)
         tally.backward.hidden += scattered + (0.0 if storage.kept else gathered)
+        tally.once += scattered
+        tally.backward.again += 0.0 if storage.kept else gathered
 
 
 def _together(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nbytes: float, share: float) -> float:
