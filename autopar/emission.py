@@ -11,6 +11,7 @@ from autopar.codegen.executable import build, offline
 from autopar.codegen.lower import Target
 from autopar.codegen.source.program import Title, program_text
 from autopar.core.cluster import Cluster
+from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 from autopar.passes.capture import Program
 from autopar.passes.decision import Context, batch_axes
@@ -27,6 +28,9 @@ def text_of(plan: Plan, program: Program | Context, cluster: Cluster, path: str)
     check_origin(plan, ctx, cluster)
     check_one_stage(plan, "written as a program")
     decision, setting = decision_of(plan, ctx), setting_of(plan, cluster)
+    if decision.kept:
+        raise AutoparError("the plan recomputes to stay within its budget, and written programs keep all that their "
+                           "backward needs; plan with a larger memory_budget to write it")
     executable = build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta"),
                               input_specs(decision, batch_axes(decision))))
     return program_text(executable, Title(_title(plan), Path(path).name))

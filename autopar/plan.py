@@ -24,6 +24,7 @@ from autopar.planned import (
     SECONDS,
     Bytes,
     Pipelining,
+    PlannedCheckpoint,
     PlannedOp,
     PlannedParameter,
     PlannedStage,
@@ -71,6 +72,7 @@ class Plan:
     peak_flops_per_s: float
     observed: tuple[Observed, ...] = ()
     pipelining: Pipelining = ALONE
+    checkpoints: tuple[PlannedCheckpoint, ...] = ()
 
     def __post_init__(self) -> None:
         check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
@@ -181,7 +183,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain lists and numbers; the keys are attributes."""
         rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)]
-                for name in ("ops", "parameters", "stages", "observed")}
+                for name in ("ops", "parameters", "stages", "observed", "checkpoints")}
         told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops",
                                                     "micro_batches", "schedule")}
         plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **told, **rows}))
@@ -199,13 +201,14 @@ class Plan:
                               entry(op, "strategy", str)) for op in entries(data, "ops", dict))
         parameters = tuple(PlannedParameter(*(entry(p, name, str) for name in ("name", "storage", "spec")))
                            for p in entries(data, "parameters", dict))
+        checkpoints = tuple(map(_checkpoint, entries(data, "checkpoints", dict))) if "checkpoints" in data else ()
         seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
         observed = tuple(map(observed_from_json, entries(data, "observed", dict) if "observed" in data else ()))
         held = entry(data, "memory_bytes", dict)
         memory = Bytes(*(entry(held, f.name, float) for f in dataclasses.fields(Bytes)))
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
                    ops=ops, parameters=parameters, observed=observed, fallback_ops=entries(data, "fallback_ops", str),
-                   pipelining=_pipelining(data))
+                   pipelining=_pipelining(data), checkpoints=checkpoints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -258,7 +261,8 @@ class Plan:
 
     def __str__(self) -> str:
         """One line an op, equal layers once, then the summary."""
-        return f"{listing(self.ops, self.parameters)}\n\n{self.summary()}"
+        kept = "".join(f"\n{checkpoint}" for checkpoint in self.checkpoints)
+        return f"{listing(self.ops, self.parameters)}\n{kept}\n{self.summary()}"
 
     def summary(self) -> str:
         """Mesh, bytes by kind and the predicted step, in a few lines."""
@@ -329,6 +333,12 @@ def check_stages(found: Pipelining, mesh: tuple[int, ...]) -> None:
         raise AutoparError(f"'devices' of the stages are {[list(stage.devices) for stage in found.stages]}, needed "
                            f"are {math.prod(mesh)} a stage, each of 0 to {max(len(every) - 1, 0)} once, over again "
                            "where there are more stages: make the plan again")
+
+
+def _checkpoint(table: dict[str, Any]) -> PlannedCheckpoint:
+    segments, names, shown = (entries(table, name, str) for name in ("segments", "names", "shown"))
+    saved, transient, seconds = (entry(table, name, float) for name in ("saved", "transient", "seconds"))
+    return PlannedCheckpoint(segments, names, shown, saved, transient, seconds)
 
 
 def _workload(table: dict[str, Any]) -> Workload:

@@ -71,6 +71,30 @@ ALONE = Pipelining()
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedCheckpoint:
+    """What each of `segments`, which are equal, keeps for its backward: `names` as `codegen.marks` calls values,
+    `shown` by ops of the first one. Each holds `saved` bytes, makes the rest again in `seconds`, in `transient` bytes.
+    """
+
+    segments: tuple[str, ...]
+    names: tuple[str, ...]
+    shown: tuple[str, ...]
+    saved: float
+    transient: float
+    seconds: float
+
+    def __post_init__(self) -> None:
+        check_finite("checkpoints", {name: getattr(self, name) for name in ("saved", "transient", "seconds")})
+
+    def __str__(self) -> str:
+        first, last = self.segments[0], self.segments[-1]
+        which = first if first == last else f"{first} to {last}, {len(self.segments)} segments"
+        kept = f"keeps {', '.join(self.shown)}" if self.shown else "keeps its inputs alone"
+        return (f"{which}: {kept}; {self.saved / 2**20:.2f} MiB and {1e3 * self.seconds:.4f} ms of recomputation in "
+                f"{self.transient / 2**20:.2f} MiB each")
+
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
     """A predicted step: the parts add up to `step`. `bubble` is the wait of a pipeline, 0 without one."""
 

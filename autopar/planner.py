@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from autopar import pipelines
-from autopar.codegen.executable import build as lower_all
-from autopar.codegen.executable import offline
-from autopar.codegen.lower import Target
-from autopar.codegen.reprice import Memory, reprice
+from autopar.budget import best_within, lowered, recomputing
+from autopar.codegen.executable import Executable
+from autopar.codegen.reprice import Memory, reprice, saved_by, tally_calls
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
@@ -35,7 +34,7 @@ from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Plan
-from autopar.planned import Bytes, PlannedOp, PlannedParameter, Seconds
+from autopar.planned import Bytes, PlannedCheckpoint, PlannedOp, PlannedParameter, Seconds
 from autopar.refusals import merged
 from autopar.solver.optimise import Begun, begin, finish, optimise
 from autopar.workload import peak_flops_per_s, workload_of
@@ -47,6 +46,8 @@ TIE = 1e-9
 """The relative difference in seconds below which two meshes are as fast as each other."""
 SOLVE_LIMIT_S = 30.0
 """Seconds for one mesh shape; what is found by then is taken, with its proven gap."""
+UNLIMITED = 2.0**100
+"""Bytes that nothing exceeds."""
 Report = Callable[[str], None]
 
 
@@ -215,9 +216,44 @@ def batch_of(ctx: Context) -> int:
 
 
 def _of_one_stage(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[Plan, Problem]:
-    best: tuple[Solution, Problem] | None = None
-    start, least = time.perf_counter(), math.inf
-    for problem, begun in _begun(ctx, cluster, request, report):
+    start = time.perf_counter()
+    found = _sharded(ctx, cluster, request, report)
+    if isinstance(found, Found) and not found.restrained:
+        return _plan(found, request, time.perf_counter() - start), found.problem
+    if not ctx.segmented.factored.program.training:
+        return _plan(settled(found), request, time.perf_counter() - start), settled(found).problem
+    better = _recomputing(ctx, cluster, request, found, report)
+    return _plan(better, request, time.perf_counter() - start), better.problem
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A decided problem, lowered, its seconds, and a proven bound of any decision's; `restrained` where one without the
+    budget may be faster."""
+
+    problem: Problem
+    executable: Executable
+    seconds: float
+    bound: float
+    restrained: bool = False
+
+
+def settled(found: Found | AutoparError) -> Found:
+    """What was found. Raises what was found instead."""
+    if isinstance(found, AutoparError):
+        raise found
+    return found
+
+
+def _sharded(ctx: Context, cluster: Cluster, request: Request, report: Report) -> Found | Infeasible:
+    """The best plan that recomputes nothing, over mesh shapes, or that there is none."""
+    best: tuple[Solution, Problem, Begun] | None = None
+    least = math.inf
+    try:
+        every = _begun(ctx, cluster, request, report)
+    except Infeasible as refusal:
+        return refusal
+    for problem, begun in every:
         beat = best[0].seconds * (1.0 - TIE) if best else math.inf
         solution = finish(begun, beat, request.solver, SOLVE_LIMIT_S)
         if solution is None:
@@ -227,10 +263,39 @@ def _of_one_stage(ctx: Context, cluster: Cluster, request: Request, report: Repo
                f"{solution.solve_seconds:.2f} s")
         least = min(least, solution.bound)
         if solution.seconds < beat:
-            best = solution, problem
+            best = solution, problem, begun
     assert best is not None
-    proven = replace(best[0], bound=min(least, best[0].seconds))
-    return _plan(proven, best[1], request, time.perf_counter() - start), best[1]
+    solution, problem, _ = best
+    executable = lowered(problem.decide(solution.choices), problem.setting)
+    restrained = any(begun.bound.prices.byte.any() for _, begun in every) or len(every) < len(
+        shapes_for(request, cluster))
+    return Found(problem, executable, solution.seconds, min(least, solution.seconds), restrained)
+
+
+def _recomputing(ctx: Context, cluster: Cluster, request: Request, known: Found | Infeasible, report: Report) -> Found:
+    """The best plan that may recompute, no slower than the one that is `known`. Raises Infeasible."""
+    best = known if isinstance(known, Found) else None
+    refusals: list[tuple[Mesh, AutoparError]] = []
+    bound = math.inf
+    every = _begun(ctx, cluster, replace(request, memory_budget=UNLIMITED), report)
+    budget = request.setting(cluster, every[0][0].setting.mesh.shape).budget
+    for free, begun in every:
+        bound = min(bound, begun.bound.seconds)
+        if best and begun.bound.seconds >= best.seconds * (1.0 - TIE):
+            continue
+        problem = replace(free, setting=replace(free.setting, budget=budget),
+                          instance=replace(free.instance, budget=budget))
+        try:
+            made = best_within(problem, request.solver, best.seconds if best else math.inf, SOLVE_LIMIT_S)
+        except Infeasible as refusal:
+            refusals.append((problem.setting.mesh, refusal))
+            continue
+        if made is not None:
+            report(f"mesh {problem.setting.mesh}: {1e3 * made.priced.seconds:.3f} ms a step with recomputation")
+            best = Found(problem, made.executable, made.priced.seconds, bound)
+    if best is None:
+        raise merged(refusals, request.pins, budget)
+    return replace(best, bound=min(bound, best.seconds))
 
 
 def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> list[tuple[Problem, Begun]]:
@@ -252,22 +317,24 @@ def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> 
     return sorted(found, key=lambda each: each[1].bound.seconds)
 
 
-def _plan(solution: Solution, problem: Problem, request: Request, spent: float) -> Plan:
-    decision = problem.decide(solution.choices)
-    ctx, setting = problem.context, problem.setting
-    priced, memory = price_lowered(decision, setting)
-    if abs(priced.seconds - solution.seconds) > AGREEMENT * solution.seconds:
-        raise AssertionError(f"the solver claims {solution.seconds} s, the lowered program costs {priced.seconds} s")
+def _plan(found: Found, request: Request, spent: float) -> Plan:
+    executable, problem = found.executable, found.problem
+    decision, ctx, setting = executable.decision, problem.context, problem.setting
+    priced, memory = reprice(executable, setting)
+    if abs(priced.seconds - found.seconds) > AGREEMENT * found.seconds:
+        raise AssertionError(f"the solver claims {found.seconds} s, the lowered program costs {priced.seconds} s")
+    gap = 0.0 if found.seconds <= found.bound else (found.seconds - found.bound) / found.seconds
     program = ctx.segmented.factored.program
     notes = [n.removeprefix("attention: ") for n in program.notes if n.startswith("attention: ")]
     return Plan(
         request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
-        program.precision, request.optimizer, status_of(solution.gap), solution.gap,
+        program.precision, request.optimizer, status_of(gap), gap,
         Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed, priced.optimizer),
         Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient),
         planned_ops(decision), planned_parameters(decision), ", ".join(notes), fallback_ops(ctx),
         len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
-        peak_flops_per_s(setting.cluster, program.precision), request.observed)
+        peak_flops_per_s(setting.cluster, program.precision), request.observed,
+        checkpoints=planned_checkpoints(executable, setting))
 
 
 def status_of(gap: float) -> str:
@@ -297,6 +364,27 @@ def planned_parameters(decision: Decision) -> tuple[PlannedParameter, ...]:
                  for node, storage in decision.storage.items())
 
 
+def planned_checkpoints(executable: Executable, setting: Setting) -> tuple[PlannedCheckpoint, ...]:
+    """What each segment keeps where the plan decides it, equal ones in a row together."""
+    decision = executable.decision
+    if not decision.kept:
+        return ()
+    held = saved_by(executable, setting, tally_calls(executable, setting))
+    found: list[PlannedCheckpoint] = []
+    for call, each in zip(executable.calls, held, strict=True):
+        kept = decision.kept[call.segment.name]
+        ops = [decision.context.segmented.ops[i].name for i in call.segment.ops]
+        numbers = dict.fromkeys(int(name.partition(".")[0]) for name in kept if name[0].isdigit())
+        new = PlannedCheckpoint((call.segment.name,), kept, tuple(ops[i] for i in numbers), each.saved, each.transient,
+                                each.seconds)
+        last = found[-1] if found else None
+        if last and (last.names, last.saved, last.seconds) == (new.names, new.saved, new.seconds):
+            found[-1] = replace(last, segments=(*last.segments, call.segment.name))
+        else:
+            found.append(new)
+    return tuple(found)
+
+
 def fallback_ops(ctx: Context) -> tuple[str, ...]:
     """The ops that run replicated because no rule says how to shard them."""
     program = ctx.segmented.factored.program
@@ -306,8 +394,7 @@ def fallback_ops(ctx: Context) -> tuple[str, ...]:
 
 def price_lowered(decision: Decision, setting: Setting) -> tuple[Priced, Memory]:
     """Lower for one device without connecting to others, and price what comes out."""
-    target = Target(decision, offline(setting.mesh), setting.price, torch.device("meta"))
-    return reprice(lower_all(target), setting)
+    return reprice(lowered(decision, setting), setting)
 
 
 KEY_OF: dict[Stored, str] = {"by factor": "", "plain": " plain"}
@@ -336,7 +423,10 @@ def decision_of(plan: Plan, ctx: Context) -> Decision:
     mesh = Mesh(plan.mesh)
     _check_space(ctx, mesh, planned, stored)
     storage = {node: stored[name] for name, node in parameters.items()}
-    return Decision(ctx, mesh, tuple(planned[name] for name in names), storage)
+    kept = {segment: each.names for each in plan.checkpoints for segment in each.segments}
+    if kept:
+        _same("segments", [segment.name for segment in ctx.segmented.segments], kept)
+    return Decision(ctx, mesh, tuple(planned[name] for name in names), storage, kept)
 
 
 def _check_space(ctx: Context, mesh: Mesh, planned: dict[str, Assignment], stored: dict[str, Storage]) -> None:
@@ -436,14 +526,17 @@ def evaluation_storage(decision: Decision) -> dict[str, Storage]:
     return {sources[n.name].name: storage for n, storage in decision.storage.items()}
 
 
-def solve_pinned(ctx: Context, setting: Setting, request: Request, stored: dict[str, Storage]) -> Decision:
-    """The best decision for a program whose parameters rest as another's plan says."""
+def solve_pinned(ctx: Context, setting: Setting, request: Request, stored: dict[str, Storage],
+                 recompute: bool = False) -> Decision:
+    """The best decision for a program whose parameters rest as another's plan says, within the budget if it is to
+    `recompute`. Raises Infeasible."""
     sources = ctx.segmented.factored.program.sources
     whole = Storage(("R",) * len(setting.mesh.shape))
     pinned = {n.name: stored.get(sources[n.name].name, whole) for n in ctx.parameters()}
     relaxed = replace(setting, mode=_relaxed(setting.mode), budget=float("inf"), pinned=pinned)
     problem = build(ctx, relaxed)
-    return problem.decide(optimise(problem.instance, request.solver).choices)
+    found = problem.decide(optimise(problem.instance, request.solver).choices)
+    return recomputing(found, setting, request.solver).executable.decision if recompute else found
 
 
 def _relaxed(mode: Mode) -> Mode:

@@ -235,15 +235,17 @@ class Programs:
             if self._staging is not None:
                 parts = self._staging.layout.micro_batches
                 ctx, self._cuts[key] = together(lambda: self.micros(ctx).of(parts))
+            recompute = training and bool(self._first[0].kept)
 
             def make() -> str:
-                found = solve_pinned(ctx, self._setting(mesh.shape), self._order.request, stored)
-                return json.dumps(found.assignments)
+                found = solve_pinned(ctx, self._setting(mesh.shape), self._order.request, stored, recompute)
+                return json.dumps([found.assignments, found.kept])
 
-            assigned = tuple(tuple(a) for a in json.loads(on_rank_zero(make)))
+            assignments, kept = json.loads(on_rank_zero(make))
             sources = ctx.segmented.factored.program.sources
             storage = {n: stored[sources[n.name].name] for n in ctx.parameters()}
-            self._decisions[key] = Decision(ctx, mesh, assigned, storage)
+            self._decisions[key] = Decision(ctx, mesh, tuple(map(tuple, assignments)), storage,
+                                            {segment: tuple(names) for segment, names in kept.items()})
         return self._decisions[key]
 
     def executable(self, training: bool, call: Call, axes: Axes) -> Executable:
