@@ -22,11 +22,12 @@ from autopar.passes.decision import Context
 from autopar.passes.factors import Factored
 from autopar.passes.functional import is_update, value_of
 from autopar.passes.ops import Op
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
 from autopar.passes.rules.losses import MEAN, SUM
 from autopar.passes.rules.nodes import argument, named, shape
 
 aten = torch.ops.aten
-COUNTED = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default}
+COUNTED = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default, LINEAR_CROSS_ENTROPY}
 """Losses that are a mean over the targets that count."""
 AVERAGED = {aten.mean.default, aten.mean.dim}
 """Means over all they reduce, so that the mean of equal parts' means is the whole's."""
@@ -251,15 +252,7 @@ class _Cut:
     def _counted(self, node: fx.Node) -> fx.Node:
         """A cross entropy's mean as a sum over the count of the whole batch."""
         made = self.made[node]
-        names = ("logits", "target", "weight", "reduction", "ignore_index", "label_smoothing")
-        given = dict(zip(names, made.args, strict=False)) | made.kwargs
-        if given.get("weight") is not None:
-            raise AutoparError(f"{node.name} weighs its classes, which is not counted over micro-batches; use 1 "
-                               "micro-batch")
-        ignored = int(given.get("ignore_index", -100))  # type: ignore[arg-type]
-        tail = (given["label_smoothing"],) if node.target is aten.cross_entropy_loss.default and given.get(
-            "label_smoothing") else ()
-        made.args, made.kwargs = (given["logits"], given["target"], None, SUM, ignored, *tail), {}
+        ignored = _summed(made)
         name = f"count_{len(self.counts)}"
         count = self._constant(name)
         self.counts[name] = _count(node, self.program, ignored)
@@ -310,6 +303,23 @@ def _is_numbered(node: fx.Node) -> bool:
 
 def _divisor_below(size: int, most: int) -> int:
     return next(n for n in range(most, 0, -1) if size % n == 0)
+
+
+def _summed(node: fx.Node) -> int:
+    """Make a cross entropy's mean a sum; the target it ignores. Raises AutoparError where it weighs its classes."""
+    if node.target is LINEAR_CROSS_ENTROPY:
+        node.args = (*node.args[:3], SUM, *node.args[4:])
+        return int(node.args[4])  # type: ignore[arg-type]
+    names = ("logits", "target", "weight", "reduction", "ignore_index", "label_smoothing")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if given.get("weight") is not None:
+        raise AutoparError(f"{node.name} weighs its classes, which is not counted over micro-batches; use 1 "
+                           "micro-batch")
+    ignored = int(given.get("ignore_index", -100))  # type: ignore[arg-type]
+    tail = (given["label_smoothing"],) if node.target is aten.cross_entropy_loss.default and given.get(
+        "label_smoothing") else ()
+    node.args, node.kwargs = (given["logits"], given["target"], None, SUM, ignored, *tail), {}
+    return ignored
 
 
 def _count(loss: fx.Node, program: Program, ignored: int) -> Count:
