@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopar.core.errors import AutoparError
+from autopar.passes.additive import MIXING
 from autopar.passes.capture import Program, Source
 from autopar.passes.decision import Context
 from autopar.passes.factors import Factored
@@ -147,7 +148,7 @@ class _Cut:
             raise self._mixed(op)
         if target in COUNTED:
             return argument(op.main, 3, "reduction", MEAN) in (MEAN, SUM) or any(f.summed for f in over)
-        if any(f.special for f in over):
+        if target in MIXING and any(f.special for f in over):
             raise self._mixed(op)
         if any(f.summed for f in over):
             if target not in AVERAGED | SUMMED and not _is_sum(op.main):
