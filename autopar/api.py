@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from autopar import launch
-from autopar.arguments import one_of, read_budget, read_cluster, read_mesh, read_pins, read_plan
+from autopar.arguments import one_of, read_budget, read_cluster, read_counts, read_mesh, read_pins, read_plan
 from autopar.codegen.batches import BatchKind
 from autopar.codegen.compiled import COMPILERS, Compiler, compiler_for
+from autopar.codegen.ranks import check_alike, together
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.deferred import DeferredModule
@@ -27,10 +28,9 @@ from autopar.passes.lookups import checked
 from autopar.passes.modes import MODES
 from autopar.plain import check_plain
 from autopar.plan import Plan
-from autopar.planner import Request, check_shapes, prepare
+from autopar.planner import Request, check_shapes, prepare, with_stages
 from autopar.profiling import Costs
 from autopar.programs import Call, LossFn, Order, candidates, compiled, solve_best
-from autopar.ranks import check_alike, together
 from autopar.solver.model import SOLVERS
 
 Inputs = Any
@@ -45,7 +45,8 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
          mode: str = "auto", mesh: MeshLike | None = None, memory_budget: float | str | None = None,
          optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
          returns: Returns = "loss", pins: Mapping[str, str] | None = None, keep_shapes: bool = False,
-         head: Head = "auto") -> Plan:
+         head: Head = "auto", pp: int | None = None, dp: int | None = None, tp: int | None = None,
+         micro_batches: int | None = None) -> Plan:
     """The best plan for training `model` on `cluster`, without running anything.
 
     `cluster` is a Cluster, the text of a preset or the path of a file; None is what this machine has. `inputs` are a
@@ -54,14 +55,15 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. `returns="all"` plans for outputs besides the loss. `keep_shapes` lets
     parameters rest in the model's own shapes, which optimizers need that look at rows and columns. `head` tells whether
     a linear layer and its cross entropy go in chunks of rows, so that there are never all logits: "auto" where that is
-    predicted to be quicker, "chunked" wherever it can be, "plain" nowhere. A plan made before is read again. Raises
-    AutoparError.
+    predicted to be quicker, "chunked" wherever it can be, "plain" nowhere. `pp` fixes the
+    number of a pipeline's stages, `micro_batches` that of a step, `dp` and `tp` the axes of a stage's mesh that cut
+    batch and parameters. A plan made before is read again. Raises AutoparError.
     """
     check_plain(model, loss_fn)
     one_of("returns", returns, get_args(Returns))
     one_of("head", head, get_args(Head))
     request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
-                       solver=solver, pins=pins)
+                       solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches))
     call = _call(model, inputs, loss_fn)
     place = _place(cluster, request)
 
@@ -80,7 +82,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
             returns: Returns = "loss", pins: Mapping[str, str] | None = None, compiler: Compiler | None = None,
             init: str | os.PathLike[str] | None = None, keep_shapes: bool = False,
-            exact_dropout: bool | None = None, head: Head = "auto", costs: Costs | None = None) -> nn.Module:
+            exact_dropout: bool | None = None, head: Head = "auto", costs: Costs | None = None, pp: int | None = None,
+            dp: int | None = None, tp: int | None = None, micro_batches: int | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
@@ -107,7 +110,9 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             one_of("compiler", compiler, COMPILERS)
         if costs is not None:
             one_of("costs", costs, get_args(Costs))
-        decided = [name for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins)) if value]
+        decided = [name for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins),
+                                            ("pp", pp), ("dp", dp), ("tp", tp), ("micro_batches", micro_batches))
+                   if value]
         if plan is not None and decided:
             raise AutoparError(f"a plan is given, which decides all, and {', '.join(decided)}, which are for making "
                                "one; give one of them")
@@ -116,7 +121,10 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         check_plain(model, loss_fn)
         material = read_material(init, model)
         request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
-                           solver=solver, pins=pins)
+                           solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches))
+        if inputs is None and with_stages(request):
+            raise AutoparError(f"mode {request.mode} with stages wants to know the batch beforehand: a rank holds the "
+                               "parameters of its stage alone; give inputs= to autopar.compile")
         return request, None if inputs is None else _call(model, inputs, loss_fn), material
 
     def ordered() -> Order:
@@ -169,8 +177,9 @@ def _request(model: nn.Module, precision: Precision, **asked: Any) -> Request:
     one_of("precision", precision, COMPUTE_DTYPE)
     mode, optimizer, solver = (one_of(name, asked[name], known) for name, known in _WORDS.items())
     mesh, budget, pins = (asked[name] for name in ("mesh", "memory_budget", "pins"))
-    return Request(type(model).__name__, mode, None if mesh is None else read_mesh(mesh), optimizer,
-                   None if budget is None else read_budget(budget), solver, () if pins is None else read_pins(pins))
+    stages, inner, parts = read_counts(asked["counts"], None if mesh is None else read_mesh(mesh))
+    return Request(type(model).__name__, mode, inner, optimizer, None if budget is None else read_budget(budget),
+                   solver, () if pins is None else read_pins(pins), stages=stages, micro_batches=parts)
 
 
 def _place(cluster: ClusterLike | None, request: Request) -> Cluster:

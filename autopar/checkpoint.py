@@ -29,13 +29,13 @@ from torch.optim import Optimizer
 
 from autopar import optimizer_state
 from autopar.codegen.offers import meet
+from autopar.codegen.ranks import on_rank_zero, together
 from autopar.codegen.runtime import ParallelModule
 from autopar.core.errors import AutoparError
 from autopar.core.files import entry, read_object
 from autopar.core.reading import check_path
 from autopar.core.told import told
 from autopar.plain_json import decode, encode
-from autopar.ranks import on_rank_zero, together
 from autopar.tensor_files import Reader, Table, Writer, checksum
 
 FORMAT = "autopar checkpoint 1"

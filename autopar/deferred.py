@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DistributedSampler
 
 from autopar import launch
-from autopar.codegen.offers import Offer, check_modes, digest, grown_to
+from autopar.codegen.offers import Offer, digest, gathered, grown_to
 from autopar.codegen.parameters import whole_everywhere
-from autopar.codegen.runtime import ParallelModule
+from autopar.codegen.runtime import ParallelModule, not_pickled
 from autopar.core.errors import AutoparError
-from autopar.early_state import follow
 from autopar.programs import Order, compiled
+from autopar.stepping import follow
 
 
 class DeferredModule(nn.Module):
@@ -29,34 +30,64 @@ class DeferredModule(nn.Module):
         self._plain: list[nn.Module] = [plain]
         self._order = order
         self._made: list[ParallelModule] = []
+        self._kin = [self]
         kind = launch.device().type
         self._waiting = {name: whole_everywhere(p, kind) for name, p in plain.named_parameters()}
         self.training = plain.training
+        follow(self, plain)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compile for these arguments if none have come before, then run."""
         if not self._made:
-            self._made.append(self._compile(args, kwargs))
+            self._compile(args, kwargs)
         return self._made[0](*args, **kwargs)
 
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
-        leaves = pytree.tree_leaves((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-        rows = tensors[0].shape[0] if tensors else 0
-        rest = [(x.shape[0] == rows, *x.shape[1:]) for x in tensors]
-        offers = Offer(1, int(self.training), rows, digest([rest, len(leaves)]), digest(leaves)).told()
-        check_modes(offers)
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors: list[Tensor] = []
+
+        def offer() -> Offer:
+            leaves = pytree.tree_leaves((args, kwargs))
+            tensors[:] = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+            rest = [(x.shape[0] == rows_of(tensors), *x.shape[1:]) for x in tensors]
+            return Offer(1, int(self.training), rows_of(tensors), digest([rest, len(leaves)]), digest(leaves))
+
+        offers, rows = gathered(offer), rows_of(tensors)
         if len({offer.rest for offer in offers}) > 1:
             raise AutoparError(f"the ranks' inputs have different shapes, here {[list(x.shape) for x in tensors]}; "
                                "pass batches of one shape")
         whole = self._order.batch == "global" or (self._order.batch is None and len(set(offers)) == 1)
         grown = rows if whole else max(offer.rows for offer in offers) * len(offers)
         call = pytree.tree_map_only(Tensor, lambda x: grown_to(x, rows, grown), (args, kwargs))
-        made = compiled(self._plain[0].train(self.training), call, self._order)
+        made = compiled(self.plain.train(self.training), call, self._order)
+        for each in self._kin:
+            each.take(made if each is self else made.beside(each.plain, self._order.material.values(
+                each.plain, launch.device())))
+        self._kin.clear()
+
+    def take(self, made: ParallelModule) -> None:
+        """Be `made` from now on."""
         made.adopt(self._waiting)
-        follow(made)
+        made.train(self.training)
+        follow(made, self.plain)
+        self._made.append(made)
         self._plain.clear()  # its memory is that of a whole model
+
+    @property
+    def plain(self) -> nn.Module:
+        """The model as it was given; none once it is compiled."""
+        return self._plain[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Another model, compiled together with this one where it is not yet."""
+        if self._made:
+            return copy.deepcopy(self._made[0], memo)
+        made = memo[id(self)] = DeferredModule(copy.deepcopy(self.plain), self._order)
+        made._kin = self._kin
+        self._kin.append(made)
         return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise not_pickled(self)
 
     def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0,
                 drop_last: bool = False) -> DistributedSampler[Any]:
@@ -104,3 +135,8 @@ class DeferredModule(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's."""
         return self._current().load_state_dict(*args, **kwargs)
+
+
+def rows_of(tensors: list[Tensor]) -> int:
+    """The number of samples, 0 where there is no tensor: the first dim of the first."""
+    return tensors[0].shape[0] if tensors else 0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopar.codegen.calls import Form, arranged, check_leaf
@@ -23,8 +23,8 @@ from autopar.codegen.offers import (
     Shape,
     axes_of_offers,
     batched,
-    check_modes,
     digest,
+    gathered,
 )
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
@@ -49,7 +49,9 @@ class Plans:
     """Where executables come from: `make(training, call, axes)` plans and lowers one; collective.
 
     `program` is what was compiled, `ways` the axes along which ranks may bring different samples, `cut` those of them
-    along which the plan wants them so; `adds` tells which inputs mark samples that count for nothing.
+    along which the plan wants them so; `adds` tells which inputs mark samples that count for nothing; `like` is the
+    plain model without values. A batch of
+    another size is filled up to a multiple of the ranks and of `grain`.
     """
 
     make: Callable[[bool, Any, Axes], Executable]
@@ -59,6 +61,8 @@ class Plans:
     cut: Axes
     adds: Additive
     form: Form
+    like: nn.Module
+    grain: int = 1
 
 
 @dataclass(eq=False)
@@ -81,16 +85,15 @@ class Batches:
         program, plans = self.plans.program, self.plans
         placeholders = program.placeholders("input")
         planned = batched(placeholders)
-        try:
-            leaves = arranged(args, kwargs, program.in_spec, plans.form)
+        leaves: list[Any] = []
+
+        def offer() -> Offer:
+            leaves[:] = arranged(args, kwargs, program.in_spec, plans.form)
             check_leaves(leaves, placeholders, device)
             check_rows(planned.rows_of(leaves), leaves)
-        except AutoparError:
-            with contextlib.suppress(AutoparError):  # what others bring: they must not wait for this rank
-                self._agreed(Offer(0, training, UNKNOWN, 0), planned, leaves=[])
-            raise
-        offer = Offer(1, training, planned.rows_of(leaves), digest([planned.rest(leaves)]), self._data(leaves))
-        axes, offers = self._agreed(offer, planned, leaves)
+            return Offer(1, training, planned.rows_of(leaves), digest([planned.rest(leaves)]), self._data(leaves))
+
+        axes, offers = self._agreed(gathered(offer), planned, leaves)
         rows = self._rows(planned, leaves, offers, axes)
         shapes = tuple((rows, *shape[1:]) if planned.has(s) and shape else shape
                        for s, shape in zip(planned.shapes, _shapes(leaves), strict=True))
@@ -113,10 +116,9 @@ class Batches:
         shared = any(self.plans.mesh.extent(axes) < size for axes in self.habits.by_rows.values())
         return digest(leaves) if size > 1 and (new or (shared and on_host)) else UNKNOWN
 
-    def _agreed(self, offer: Offer, planned: Batched, leaves: list[Any]) -> tuple[Axes, list[Offer]]:
-        """Along which axes ranks bring different samples, and what all bring; collective, so that all are told."""
-        plans, offers = self.plans, offer.told()
-        check_modes(offers)
+    def _agreed(self, offers: list[Offer], planned: Batched, leaves: list[Any]) -> tuple[Axes, list[Offer]]:
+        """Along which axes ranks bring different samples, and what all bring."""
+        plans = self.plans
         try:
             axes = axes_of_offers(offers, planned.rows, plans.ways, self.habits, plans.mesh)
         except AutoparError as error:
@@ -127,7 +129,7 @@ class Batches:
     def _rows(self, planned: Batched, leaves: list[Any], offers: list[Offer], axes: Axes) -> int:
         """The samples of the program to run: one that is known, with samples added where some may be, else a new one.
         """
-        devices, obstacle = self.plans.mesh.size, self.plans.adds.obstacle
+        devices, obstacle = math.lcm(self.plans.mesh.size, self.plans.grain), self.plans.adds.obstacle
         parts, brought = self.plans.mesh.extent(axes), [offer.rows for offer in offers]
         most, known = max(brought) * parts, self.sizes.setdefault(planned.rest(leaves), set())
         if obstacle and len(set(brought)) > 1:
@@ -138,9 +140,9 @@ class Batches:
         if rows not in known:
             self._tell(f"inputs of shapes {list(_shapes(leaves))} on a rank come for the first time: planning for a "
                        f"batch of {rows} such samples, parameters as they lie")
-        if sum(brought) * parts != rows * devices:
-            self._tell(f"a batch of {sum(brought) * parts // devices} samples runs as one of {rows}, filled up with "
-                       "samples that count for nothing")
+        if sum(brought) * parts != rows * self.plans.mesh.size:
+            self._tell(f"a batch of {sum(brought) * parts // self.plans.mesh.size} samples runs as one of {rows}, "
+                       "filled up with samples that count for nothing")
         known.add(rows)
         return rows
 

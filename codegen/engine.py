@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, fx
 
@@ -47,12 +47,17 @@ class Recorder(Protocol):
                made: dict[fx.Node, Tensor]) -> None: ...
 
 
+Held = Literal["for a turn", "for a step"]
+"""How long parameters stay that were gathered: until they are not needed soon, or until they are released."""
+
+
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """An executable with its parameters."""
+    """An executable with its parameters, which may be run several times in a step where they are held for it."""
 
     executable: Executable
     parameters: Parameters
+    held: Held = "for a turn"
 
     @cached_property
     def units(self) -> tuple[tuple[Unit, ...], ...]:
@@ -70,6 +75,18 @@ class Engine:
                 found[id(unit)] = found.get(id(unit), (place, place))[0], place
         return found
 
+    def ready_after(self, place: int) -> frozenset[str]:
+        """The parameters whose gradients are whole once the backward of call `place` is done, at home or gathered."""
+        units = self.parameters.units
+        return frozenset(name for name in self.executable.calls[place].parameters if name and (
+            name not in units or self.uses[id(units[name])][0] == place))
+
+    def let_go_after(self, place: int) -> None:
+        """Let the units go that no earlier call uses, unless they are held."""
+        for unit in self.units[place]:
+            if self.held == "for a turn" and self.uses[id(unit)][0] == place:
+                unit.leave()
+
     def learns(self, outputs: Iterable[fx.Node]) -> frozenset[str]:
         """The parameters that a gradient of `outputs` comes to, on every rank alike."""
         context = self.executable.decision.context
@@ -84,8 +101,8 @@ class Engine:
 
     def run(self, given: Values, seeds: Seeds, tape: Recorder | None) -> Values:
         """The program's outputs; with a `tape` what its backward needs is recorded there."""
-        for unit in dict.fromkeys(unit for units in self.units for unit in units):
-            unit.leave()
+        if self.held == "for a turn":
+            self.release()
 
         def call(place: int, values: Values) -> tuple[Tensor, ...]:
             held: dict[str, Tensor] = {}
@@ -98,6 +115,11 @@ class Engine:
             return made
 
         return self.executable.run(given, call)
+
+    def release(self) -> None:
+        """Let go of all that is gathered: parameters may have changed."""
+        for unit in dict.fromkeys(unit for units in self.units for unit in units):
+            unit.leave()
 
     def alone(self, given: Values, seeds: Seeds) -> Values:
         """As `run` on one rank, which autograd records as it does any program: its gradients have gradients."""
@@ -122,7 +144,8 @@ class Engine:
     def _after(self, unit: Unit, place: int, tape: Recorder | None) -> None:
         """Let a unit go that is not used again soon: what the backward begins with stays."""
         last = self.uses[id(unit)][1]
-        stays = tape is not None and (unit.kept or last == len(self.units) - 1)
+        stays = self.held == "for a step" or (
+            tape is not None and (unit.kept or last == len(self.units) - 1))
         if place == last and not stays:
             unit.leave()
 

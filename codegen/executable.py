@@ -37,11 +37,16 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Executable:
-    """The calls of a program in order. `freed[i]` are the values no call after i reads."""
+    """The calls of a program in order. `freed[i]` are the values no call after i reads.
+
+    Of a part of a program `results` are the values it brings, and `first` is the number of its first call.
+    """
 
     target: Target
     calls: tuple[Call, ...]
     freed: tuple[tuple[fx.Node, ...], ...]
+    results: tuple[fx.Node, ...] | None = None
+    first: int = 0
 
     @property
     def decision(self) -> Decision:
@@ -63,6 +68,8 @@ class Executable:
     @property
     def outputs(self) -> list[fx.Node]:
         """The values the program returns: those behind what is whole, and what is left as it lies."""
+        if self.results is not None:
+            return list(self.results)
         factored = self.decision.context.segmented.factored
         return [*(factored.base(o)[0] for o in factored.program.whole_outputs()), *factored.program.lying_outputs()]
 
@@ -145,10 +152,10 @@ def batch_spec(rank: int, axes: tuple[int, ...]) -> Spec:
 def seeds_for(executable: Executable, seed: tuple[int, int], device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
     """What each call takes behind its externals, of a base and a step: a seed, and one in host memory where it asks.
     """
-    count = len(executable.calls)
-    seeds: tuple[tuple[Tensor, ...], ...] = tuple((one,) for one in seeds_of(*seed, count, device))
+    first, count = executable.first, executable.first + len(executable.calls)
+    seeds: tuple[tuple[Tensor, ...], ...] = tuple((one,) for one in seeds_of(*seed, count, device)[first:])
     if any(each.lowered.host_seeded for each in executable.calls):
-        on_host = seeds_of(*seed, count, torch.device("cpu"))
+        on_host = seeds_of(*seed, count, torch.device("cpu"))[first:]
         seeds = tuple((*one, other) if each.lowered.host_seeded else one
                       for one, other, each in zip(seeds, on_host, executable.calls, strict=True))
     return seeds

@@ -251,6 +251,7 @@ class _Lowering:
             args, kwargs = self._localize(node, args, kwargs, spec)
             emitted = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         emitted.meta["op"], emitted.meta["origin"] = index, node
+        emitted.meta["part"] = next((k for k, result in enumerate(op.results) if result.node is node), None)
         return emitted
 
     def _spec_of(self, node: fx.Node, op: Op, index: int) -> Spec:

@@ -7,13 +7,16 @@ others the same.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from autopar.codegen.control import exchanged
+from autopar.codegen.ranks import together
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 
@@ -40,6 +43,28 @@ class Offer:
     def told(self) -> list[Offer]:
         """Every rank's offer, by rank; collective."""
         return [Offer(*each) for each in exchanged((self.fits, self.training, self.rows, self.rest, self.data))]
+
+
+def gathered(make: Callable[[], Offer]) -> list[Offer]:
+    """Every rank's offer, by rank; collective, even where a rank fails to make its own.
+
+    What it raises there is raised here, and an AutoparError of the same text on the others, which must not wait for it.
+    """
+    failure: Exception | None = None
+    try:
+        mine = make()
+    except Exception as error:
+        mine, failure = Offer(0, 0, UNKNOWN, 0), error
+    offers = mine.told()
+    if {offer.fits for offer in offers} in ({0}, {0, 1}):
+        together(partial(_raise, failure))
+    check_modes(offers)
+    return offers
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +120,9 @@ def check_modes(offers: list[Offer]) -> None:
     """Raises AutoparError where some ranks train and others evaluate, or do something else altogether."""
     away = {offer.rest if offer.fits == ELSEWHERE else UNKNOWN for offer in offers}
     if len(away) > 1:
-        raise AutoparError("some ranks call the model while others save, load or gather its state; save_checkpoint, "
-                           "load_checkpoint and full_state_dict are for all ranks together: call them on each")
+        raise AutoparError("some ranks call the model while others save, load, copy or gather its state; "
+                           "save_checkpoint, load_checkpoint, full_state_dict and copy.deepcopy are for all ranks "
+                           "together: call them on each")
     training = [rank for rank, offer in enumerate(offers) if offer.training]
     if training and len(training) < len(offers):
         named = f"{', '.join(map(str, training[:4]))}{', ...' if len(training) > 4 else ''}"

@@ -35,8 +35,36 @@ class NotKept:
     def __getitem__(self, key: Any) -> Any:
         raise AutoparError(_not_kept(self, f"[{key!r}]"))
 
+    def __eq__(self, other: object) -> bool:
+        if other is None or isinstance(other, NotKept):  # as those ask that look for what is absent
+            return self is other
+        raise AutoparError(_not_kept(self, "=="))
+
+    __hash__ = object.__hash__
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        raise AutoparError(_not_kept(found, f"torch.{getattr(function, '__name__', function)}"))
+
     def __repr__(self) -> str:
         return f"<output {object.__getattribute__(self, '_name')} not kept>"
+
+
+_UNARY = ("neg", "pos", "abs", "invert", "len", "bool", "float", "int", "index", "complex", "array", "round")
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+_OPERATORS = (*_UNARY, *(f"{way}{name}" for name in _BINARY for way in ("", "r", "i")), "lt", "le", "gt", "ge",
+              "contains", "setitem", "call")
+
+
+def _refusing(operator: str) -> Any:
+    def refuse(self: NotKept, *_: Any, **__: Any) -> Any:
+        raise AutoparError(_not_kept(self, operator))
+    return refuse
+
+
+for _operator in _OPERATORS:
+    setattr(NotKept, f"__{_operator}__", _refusing(f"__{_operator}__"))
 
 
 def _not_kept(output: NotKept, asked: str) -> str:

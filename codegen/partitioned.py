@@ -32,7 +32,7 @@ class Parts:
 def parted(run: Run, given: Sequence[Arrival], seeds: int, partition: Partition | None = None) -> Parts:
     """The parts of `run(*given, *seeds)`; by default as Inductor has them, which keeps what costs least to keep."""
     found: dict[str, fx.GraphModule] = {}
-    with private.without_memory():
+    with private.without_values():
         arguments = [each.blank(CPU) for each in given] + [torch.zeros((), dtype=torch.int64)] * seeds
         results = private.traced(run, arguments, found.setdefault, partition)
         loss = ends_of(results)

@@ -37,6 +37,8 @@ from torch.distributed import _functional_collectives
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_module
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from autopar.codegen.stand_in import received
@@ -184,14 +186,29 @@ def distributed(local: Tensor, spec: Any) -> DTensor:
     return DTensor(local, spec, requires_grad=False)
 
 
-def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+def is_watched(optimizer: Optimizer) -> bool:
+    """Whether others than this package are called before or after the optimizer's steps.
+
+    Hooks are registered publicly, and told of by nothing; the names are the same in both versions.
+    """
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
+           optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks)
+    return any(not hook.__module__.startswith("autopar.") for hooks in own for hook in hooks.values())
+
+
+Partition = Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]]
+"""What cuts a joint graph with so many forward outputs into a forward and a backward."""
+
+
+def inductor(graph: fx.GraphModule, inputs: list[Any], partition: Partition | None = None) -> Callable[..., Any]:
     """A graph that Dynamo traced, its forward and its backward compiled by Inductor.
 
     The backward is compiled along with the forward, where failures can be told by name, rather than when it first
     runs. It does not write over what the forward saved ("donated" it), so that `retain_graph=True` works as ever: to
     leave that to the setting would do if backwards on GPUs, in threads of their own, saw it too. The width of the CPU's
     vectors is set to what would be found, so that it is part of the key of Inductor's cache: code that was written for
-    one width and found again where another is used (ATEN_CPU_CAPABILITY) computes something else.
+    one width and found again where another is used (ATEN_CPU_CAPABILITY) computes something else. Without a
+    `partition`, Inductor's own chooses what is kept for the backward.
     """
     from torch._functorch import config
     from torch._guards import TracingContext
@@ -206,16 +223,78 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return compile_fx_inner(*args, **kwargs)
 
     width = getattr(pick_vec_isa(), "bit_width", lambda: None)()
+    chosen = {} if partition is None else {"custom_partitioner_fn": _partitioner(partition)}
     with (config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False),
-          inductor_config.patch({"cpp.simdlen": width}), sdpa_kernel(ATTENTION, set_priority=True)):
+          inductor_config.patch({"cpp.simdlen": width, **chosen}), sdpa_kernel(ATTENTION, set_priority=True)):
         compiled: Any = compile_fx(graph, inputs, inner_compile=donating_nothing)
     return compiled  # type: ignore[no-any-return]
 
 
-def without_memory() -> Any:
-    """A context in which tensors are made without memory, on the CPU to all that asks. AOTAutograd takes the loss of
-    meta tensors for one without a gradient. It has no public name; the same in both versions.
+def _partitioner(partition: Partition) -> Any:
+    """`partition` as Inductor takes it, told apart in its cache by what `partition` says it is."""
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    class Partitioner(CustomPartitionerFn):
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
+                     **_: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+            return partition(gm, num_fwd_outputs)
+
+        def uuid(self) -> Any:
+            return f"autopar {partition!r}"
+
+    return Partitioner()
+
+
+def partitioned(run: Callable[..., Any], partition: Partition) -> Callable[..., Any]:
+    """`run`, traced when it is first called, its forward and its backward cut by `partition` and run op by op."""
+    from functorch.compile import aot_function, make_boxed_func
+    from torch._functorch import config
+
+    def plain(module: fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(fx.Interpreter(module).run)
+
+    def cut(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return partition(joint, num_fwd_outputs)
+
+    made = aot_function(run, fw_compiler=plain, bw_compiler=plain, partition_fn=cut)
+
+    def settled(*inputs: Any) -> Any:
+        with config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False, enable_autograd_cache=False):
+            return made(*inputs)
+
+    return settled
+
+
+class _Traced(Exception):
+    """Carries a joint graph out of AOTAutograd before it compiles it."""
+
+
+def joint_graph(module: fx.GraphModule, inputs: list[Tensor], fused: bool) -> tuple[fx.GraphModule, int] | None:
+    """The forward and the backward of `module` in one graph, and how many of its outputs are the forward's.
+
+    None where nothing is differentiated. `inputs` are on the CPU without values; ops are those that Inductor
+    compiles if `fused`, else torch's own.
     """
+    from functorch.compile import aot_function, nop
+    from torch._functorch import config
+
+    def stop(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
+        raise _Traced(joint, num_fwd_outputs)
+
+    table: Any = None
+    if fused:
+        from torch._inductor.decomposition import select_decomp_table
+        table = select_decomp_table()
+    try:
+        with config.patch(enable_autograd_cache=False):
+            aot_function(module.forward, fw_compiler=nop, partition_fn=stop, decompositions=table)(*inputs)
+    except _Traced as found:
+        return found.args  # type: ignore[return-value]
+    return None
+
+
+def without_values() -> Any:
+    """A context in which tensors have shapes and devices and no values."""
     from torch._subclasses import FakeTensorMode
     return FakeTensorMode()
 
@@ -244,6 +323,16 @@ def traced(run: Callable[..., Any], arguments: list[Tensor], keep: Callable[[str
                         partition_fn=partition or partial(min_cut_rematerialization_partition, compiler="inductor"),
                         decompositions=select_decomp_table(), keep_inference_input_mutations=True)
     return list(made(*arguments))
+
+
+def cut_joint(joint: fx.GraphModule, saved: list[fx.Node], outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The forward, which returns its `outputs` and what is `saved`, and the backward, which makes the rest again, each
+    value just before it is used."""
+    from torch._functorch import partitioners
+    from torch.utils._ordered_set import OrderedSet
+    forward, backward = partitioners._extract_fwd_bwd_modules(
+        joint, saved, saved_sym_nodes=[], num_fwd_outputs=outputs, static_lifetime_input_nodes=OrderedSet())
+    return forward, partitioners.reordering_to_mimic_autograd_engine(backward)
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

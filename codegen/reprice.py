@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor, fx, nn
 from autopar.codegen.arrivals import arrivals
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.executable import Call, Executable
+from autopar.codegen.marks import names
+from autopar.codegen.retained import Rates, Retained, fuses, retained
+from autopar.core.checkpoint import keep
 from autopar.core.reshard import MOVES_DATA, Primitive
 from autopar.core.sharding import Priced, Sums
 from autopar.passes.choices import compute_dtype
@@ -56,6 +59,7 @@ class Phase:
     talk: float = 0.0
     inline: float = 0.0
     hidden: float = 0.0
+    again: float = 0.0
 
     @property
     def sums(self) -> Sums:
@@ -65,13 +69,19 @@ class Phase:
 
 @dataclass(slots=True)
 class Tally:
-    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies."""
+    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies.
+
+    Of the seconds of parameters' communication `once` are those that a step takes once however many micro-batches it
+    has, `again` in a phase those that each takes; `made` are the seconds of making what `marks` names.
+    """
 
     share: float
     forward: Phase = field(default_factory=Phase)
     backward: Phase = field(default_factory=Phase)
     saved: float = 0.0
     working: float = 0.0
+    once: float = 0.0
+    made: dict[str, float] = field(default_factory=dict)
 
 
 class Shapes(fx.Interpreter):
@@ -96,11 +106,56 @@ class Shapes(fx.Interpreter):
 
 def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
     """Seconds a step and bytes a device of a lowered program."""
+    compute = inline = exposed = 0.0
     tallies = tally_calls(executable, setting)
-    sums = [phase.sums for tally in tallies for phase in (tally.forward, tally.backward)]
-    compute, inline, exposed = (sum(getattr(each, part) for each in sums) for part in ("work", "inline", "exposed"))
-    memory = _fullest(executable, setting, tallies)
+    kept = saved_by(executable, setting, tallies)
+    for tally, each in zip(tallies, kept, strict=True):
+        for sums in (tally.forward.sums, _with_more(tally.backward.sums, each.seconds)):
+            compute, inline, exposed = compute + sums.work, inline + sums.inline, exposed + sums.exposed
+    memory = _fullest(executable, setting, tallies, kept)
     return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
+
+
+def _with_more(sums: Sums, seconds: float) -> Sums:
+    return replace(sums, work=sums.work + seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one call holds from its forward to its backward in bytes, makes again in seconds, and holds meanwhile."""
+
+    saved: float
+    seconds: float = 0.0
+    transient: float = 0.0
+
+
+def saved_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> list[Held]:
+    """What each call holds: what the plan keeps, a value that crosses segments once, or else all results."""
+    kept = executable.decision.kept
+    if not kept:
+        return [Held(tally.saved) for tally in tallies]
+    found, seen = [], set[object]()
+    needs = retained_by(executable, setting, tallies)
+    for place, (call, need) in enumerate(zip(executable.calls, needs, strict=True)):
+        each = keep(need.local, frozenset(kept[call.segment.name]))
+        total = 0.0
+        for v in each.saved:
+            identity = need.identity(call, need.local.values[v].name) or (place, v)
+            total += 0.0 if identity in seen else need.local.values[v].nbytes
+            seen.add(identity)
+        found.append(Held(total, each.seconds, each.transient))
+    return found
+
+
+def retained_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> list[Retained]:
+    """What the backward of each call needs."""
+    device, fused = setting.device, fuses(setting)
+    cache: dict[int, Retained] = {}
+    for call, tally in zip(executable.calls, tallies, strict=True):
+        if id(call.lowered) not in cache:
+            rates = Rates(tally.made, device.memory_bytes_per_s, fused)
+            cache[id(call.lowered)] = retained(call.lowered, executable.decision, rates)
+    return [cache[id(call.lowered)] for call in executable.calls]
 
 
 def tally_calls(executable: Executable, setting: Setting) -> list[Tally]:
@@ -113,6 +168,7 @@ def tally_calls(executable: Executable, setting: Setting) -> list[Tally]:
             forward, backward = setting.factors.get(name, (1.0, 1.0))
             tally.forward.compute *= forward
             tally.backward.compute *= backward
+            tally.made.update({value: forward * seconds for value, seconds in tally.made.items()})
     return [cache[id(call.lowered)] for call in executable.calls]
 
 
@@ -123,30 +179,35 @@ def _tally(call: Call, executable: Executable, setting: Setting) -> Tally:
     arguments = [(each.resting() if mixed and node in decision.storage else each).blank(META) for node, each in came]
     shapes = Shapes(lowered.module)
     with torch.no_grad():
-        shapes.run(*arguments, torch.empty((), dtype=torch.int64, device=META))
+        seed = torch.empty((), dtype=torch.int64, device=META)
+        shapes.run(*arguments, *[seed] * (1 + lowered.host_seeded))
     tally = Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
     by_op: dict[int, list[fx.Node]] = {}
     for node in lowered.module.graph.nodes:
         if "op" in node.meta:
             by_op.setdefault(node.meta["op"], []).append(node)
         elif node.op == "call_module":
-            _add_communication(node, shapes, tally, decision, setting)
+            _add_communication(node, shapes, tally, decision, setting, names(lowered))
+    called = names(lowered)
     for index, nodes in by_op.items():
-        _add_op(decision.context.segmented.ops[index], nodes, shapes, tally, decision, setting)
+        _add_op(decision.context.segmented.ops[index], nodes, shapes, tally, decision, setting, called)
     for node in lowered.segment.externals:
         if node in decision.storage:
             _add_gather(node, tally, decision, setting)
     return tally
 
 
-def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: Decision, setting: Setting) -> None:
+def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: Decision, setting: Setting,
+                       called: dict[fx.Node, str]) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
         gathered = {n.name: decision.mesh.extent(s.gathered) for n, s in decision.storage.items()
                     if n in decision.context.gradients}
         trained = [n for n in node.all_input_nodes if n.name in gathered]
         nbytes = sum(_nbytes(shapes.env[n]) / gathered[n.name] for n in trained)
-        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, len(trained) * tally.share)
+        seconds = _together(setting, "all_reduce", module.axes, nbytes, len(trained) * tally.share)
+        tally.backward.hidden += seconds
+        tally.once += seconds
         return
     assert isinstance(module, Reshard)
     _, differentiable = node.meta["reshard"]
@@ -154,6 +215,7 @@ def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: De
         forward = setting.price(step.forward, step.axes, nbytes) if step.forward in MOVES_DATA else 0.0
         backward = setting.price(step.backward, step.axes, nbytes) if step.backward in MOVES_DATA else 0.0
         tally.forward.inline += forward
+        tally.made[called[node]] = tally.made.get(called[node], 0.0) + forward
         tally.backward.inline += backward if differentiable else 0.0
 
 
@@ -165,17 +227,22 @@ def _add_gather(node: fx.Node, tally: Tally, decision: Decision, setting: Settin
     elements = math.prod(local_factors(factored, node, spec, decision.mesh))
     gathered = _together(setting, "all_gather", storage.gathered, elements * itemsize(node), tally.share)
     tally.forward.hidden += gathered
+    tally.once += gathered if storage.kept else 0.0
+    tally.forward.again += 0.0 if storage.kept else gathered
     if trained:
         master = 4 if factored.program.precision.endswith("-mixed") else itemsize(node)
         scattered = _together(setting, "reduce_scatter", storage.gathered, elements * master, tally.share)
         tally.backward.hidden += scattered + (0.0 if storage.kept else gathered)
+        tally.once += scattered
+        tally.backward.again += 0.0 if storage.kept else gathered
 
 
 def _together(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nbytes: float, share: float) -> float:
     return shared_seconds(setting.price, setting.mesh, primitive, axes, nbytes, share)
 
 
-def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: Tally, decision: Decision, setting: Setting) -> None:
+def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: Tally, decision: Decision, setting: Setting,
+            called: dict[fx.Node, str]) -> None:
     inside = set(nodes)
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n.name != "seed")
     made = {node.meta["origin"]: node for node in nodes}
@@ -190,7 +257,9 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: Tally, decision
     through = any(r.node in decision.context.gradients for r in op.results)
     sent = [exchange for node in nodes if node.op == "call_module" for exchange in shapes.sent[str(node.target)]]
     talk = exchange_seconds(sent, setting.price)
-    tally.forward.compute += work.forward_seconds(device)
+    forward = work.forward_seconds(device)
+    tally.made.update((called[node], forward + talk[0]) for node in nodes if node in called)
+    tally.forward.compute += forward
     tally.forward.talk += talk[0]
     if through:
         tally.backward.compute += work.backward_seconds(device)
@@ -218,7 +287,12 @@ def _optimizer_seconds(executable: Executable, setting: Setting) -> float:
                for node, storage in decision.storage.items() if node in decision.context.gradients)
 
 
-def _fullest(executable: Executable, setting: Setting, tallies: list[Tally]) -> Memory:
+def copied(decision: Decision, node: fx.Node) -> bool:
+    """Whether a parameter's copy in the compute dtype is held whatever the segments keep: FSDP2 does so."""
+    return not decision.kept or bool(decision.storage[node].gathered)
+
+
+def _fullest(executable: Executable, setting: Setting, tallies: list[Tally], saves: list[Held]) -> Memory:
     """The bytes of the fullest moment: the backward of each call in turn, of which the last comes first."""
     decision = executable.decision
     kept = {node: held(decision.context, node, storage, decision.mesh, setting.optimizer.state_bytes)
@@ -229,9 +303,10 @@ def _fullest(executable: Executable, setting: Setting, tallies: list[Tally]) -> 
     saved, gradients = 0.0, sum(h.gradient for h in kept.values())
     seen: set[fx.Node] = set()
     found = [Memory(parameters, gradients, state, 0.0, 0.0)]
-    for place, (tally, nodes) in enumerate(zip(tallies, read, strict=True)):
-        saved += tally.saved + sum(kept[node].copy for node in nodes if node not in seen)
+    for place, (tally, each, nodes) in enumerate(zip(tallies, saves, read, strict=True)):
+        saved += each.saved + sum(kept[node].copy for node in nodes if node not in seen and copied(decision, node))
         seen.update(nodes)
-        found.append(Memory(parameters, gradients, state, saved, tally.working + sum(kept[n].working for n in nodes)))
+        working = tally.working + each.transient + sum(kept[n].working for n in nodes)
+        found.append(Memory(parameters, gradients, state, saved, working))
         gradients -= sum(kept[node].gradient for node in nodes if last[node] == place)
     return max(found, key=lambda memory: memory.total)

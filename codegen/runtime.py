@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ from autopar.codegen.sampler import sampler_over
 from autopar.codegen.tape import Pass, stepped
 from autopar.codegen.travel import Member, Unit
 from autopar.codegen.values import Values as FirstValues
-from autopar.codegen.values import seed_of_rank_zero, state_names
+from autopar.codegen.values import as_on, held_by, seed_of_rank_zero, state_names
 from autopar.core.errors import AutoparError
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
@@ -65,31 +66,38 @@ class ParallelModule(nn.Module):
 
     plan: Any
 
-    def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: FirstValues) -> None:
+    def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: FirstValues,
+                 holding: Holding | None = None) -> None:
         super().__init__()
-        self._site, self._batches = site, batches
-        self._names = [name for name, _ in plain.named_parameters()]
+        self._site, self._batches, self._decision = site, batches, decision
+        self._holding = holding or whole_holding(plain, decision)
+        self._every = {name: (tuple(t.shape), t.dtype) for name, t in held_by(plain).items()}
+        self._names = [name for name, _ in plain.named_parameters() if name in self._holding.names]
         self._stored = stored_parameters(plain, decision)
-        self._buffer_names = [name for name, _ in plain.named_buffers()]
+        self._buffer_names = [name for name, _ in plain.named_buffers() if name in self._holding.names]
         self._state_names = state_names(plain)
         self._non_persistent_buffers_set = set(self._buffer_names) - self._state_names.keys()
         self._steps, self._seed = 0, seed_of_rank_zero(site.device)
-        self._body = make_body(plain, decision, self._stored, site)
+        self._body = make_body(plain, decision, self._stored, site, self._holding)
         self._owner = {name: group for group in self._body.modules() if isinstance(group, ParameterGroup)
                        for name in group.names}
         self._parameters_at = Parameters(self._owner, units_of(self._owner, self._stored, decision, site),
                                          site.communicator)
         self._engines: dict[int, Engine] = {}
+        self._pipeline = self._holding.pipeline and self._holding.pipeline(self._parameters_at, self.named_parameters)
         self._replays = Replays() if site.launches == "recorded" and site.device.type == "cuda" else None
         self._fill(values)
         self.train(plain.training)
 
     def _fill(self, values: FirstValues) -> None:
         """Give parameters and buffers their first values, one after the other: no two whole parameters are held."""
-        for name, parameter in self.named_parameters():
-            load_plain(parameter, self._stored[name], values(name))
-        for name, buffer in self.named_buffers():
-            buffer.copy_(values(name))
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name in self._every:  # on ranks that do not hold it too: values may come from another rank
+            value = values(name)
+            if name in held and name in self._stored:
+                load_plain(held[name], self._stored[name], value)
+            elif name in held:
+                held[name].copy_(value)
 
     def adopt(self, originals: dict[str, nn.Parameter]) -> None:
         """Put the sharded parameters into these DTensor objects, which an optimizer may hold already."""
@@ -110,6 +118,9 @@ class ParallelModule(nn.Module):
 
     def _run(self, executable: Executable, given: Values) -> Values:
         """The outputs of a program, for autograd to come back to where the model trains."""
+        if self._pipeline is not None:
+            with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+                return self._pipeline(executable, given, (self._seed, self._steps))  # type: ignore[no-any-return]
         engine = self._engines.setdefault(id(executable), Engine(executable, self._parameters_at))
         seeds = seeds_for(executable, (self._seed, self._steps), self._site.device)
         if not (self.training and torch.is_grad_enabled()):
@@ -125,7 +136,8 @@ class ParallelModule(nn.Module):
         program = bound.executable.decision.context.segmented.factored.program
         constants = self._site.constants.setdefault(id(program), {
             n: program.constants[n.name].to(self._site.device) for n in program.placeholders("constant")})
-        buffers = {n: self.get_buffer_called(program.sources[n.name].name) for n in program.placeholders("buffer")}
+        buffers = {n: self.get_buffer_called(program.sources[n.name].name) for n in program.placeholders("buffer")
+                   if program.sources[n.name].name in self._holding.names}
         return {**constants, **buffers, **bound.inputs}
 
     def get_buffer_called(self, name: str) -> Tensor:
@@ -167,7 +179,7 @@ class ParallelModule(nn.Module):
         """What the plain model's has, in its names and shapes, parameters as DTensors."""
         held: dict[str, Any] = {n: to_plain(p, self._stored[n]) for n, p in self.named_parameters()}
         held |= {name: buffer.detach() for name, buffer in self.named_buffers()}
-        return OrderedDict((name, held[first]) for name, first in self._state_names.items())
+        return OrderedDict((name, held[first]) for name, first in self._state_names.items() if first in held)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The plain model's state dict, in host memory on rank 0, which the plain model loads; empty on other ranks.
@@ -176,14 +188,19 @@ class ParallelModule(nn.Module):
         """
         meet("full_state_dict")
         state: dict[str, Tensor] = {}
-        for name, parameter in self.named_parameters():
-            value = to_plain(parameter, self._stored[name])
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, (shape, dtype) in self._every.items():
+            own = held.get(name)
+            value = to_plain(own, self._stored[name]) if own is not None and name in self._stored else own
             whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if dist.get_rank() == 0:
-                state[name] = whole.to("cpu", copy=True)
+            teller = self._holding.tellers.get(name, 0)
+            if teller:
+                like = torch.empty(shape, dtype=dtype, device=self._site.device) if whole is None else whole
+                whole = as_on(teller, like, self._site.device)
+            if dist.get_rank() == 0 and whole is not None:
+                state[name] = whole.detach().to("cpu", copy=True)
         if dist.get_rank():
             return {}
-        state |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.named_buffers()}
         return OrderedDict((name, state[first]) for name, first in self._state_names.items())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -191,23 +208,49 @@ class ParallelModule(nn.Module):
 
         Collective where there are DTensors. Raises AutoparError naming what doesn't fit, before anything is loaded.
         """
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         given = {first: state_dict[name] for name, first in self._state_names.items() if name in state_dict}
-        missing = [name for name, first in self._state_names.items() if first not in given]
+        missing = [name for name, first in self._state_names.items() if first in held and first not in given]
         extra = [name for name in state_dict if name not in self._state_names]
         if strict and (missing or extra):
             raise AutoparError(f"state dict: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}; "
                                "pass strict=False to load what fits")
-        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, value in given.items():
-            needed = self._stored[name].shape if name in self._stored else tuple(held[name].shape)
+            needed = self._every[name][0]
             if tuple(value.shape) != needed:
                 raise AutoparError(f"{name} has shape {tuple(value.shape)} in the state dict, needed is {needed}")
         for name, value in given.items():  # in one order: DTensors are gathered on the way
+            if name not in held:
+                continue
             if name in self._stored:
                 load_plain(held[name], self._stored[name], value)
             else:
                 held[name].copy_(value)
         return nn.modules.module._IncompatibleKeys(missing, extra)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """Another model under the same plan, with parameters and buffers of its own; collective."""
+        meet("copy.deepcopy")
+        held = {name: to_plain(p, self._stored[name]) for name, p in self.named_parameters()} | dict(
+            self.named_buffers())
+        made = memo[id(self)] = self.beside(self._batches.plans.like.train(self.training), held.__getitem__)
+        for mine, other in zip(self.parameters(), made.parameters(), strict=True):
+            other.requires_grad_(mine.requires_grad)
+        made.set_random_state(self.random_state())
+        return made
+
+    def beside(self, plain: nn.Module, values: FirstValues) -> ParallelModule:
+        """A model like `plain`, which is like this one, under the same plan; collective."""
+        made = ParallelModule(plain, self._decision, self._site, self._batches, values, self._holding)
+        made.plan = self.plan
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise not_pickled(self)
+
+    def plain_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter in the plain model; it may rest in another."""
+        return self._stored[name].shape
 
     def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0,
                 drop_last: bool = False) -> DistributedSampler[Any]:
@@ -228,11 +271,12 @@ class ParallelModule(nn.Module):
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients so that their norm over all parameters is at most `max_norm`; returns the norm before."""
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        found = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        grads = list(found.values())
         total = torch.zeros((), dtype=torch.float32, device=self._site.device)
-        for grad in grads:
+        for name, grad in found.items():
             part = grad.to_local() if isinstance(grad, DTensor) else grad
-            total += part.float().square().sum() * _share(grad)
+            total += part.float().square().sum() * _share(grad, self._holding.ranks[name])
         dist.all_reduce(total)
         norm = total.sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -244,12 +288,39 @@ class ParallelModule(nn.Module):
         return f"mesh {self._site.communicator.mesh}, {len(self._names)} parameters"
 
 
-def _share(grad: Tensor) -> float:
-    """The inverse of how many ranks hold each element of `grad`."""
+def not_pickled(model: nn.Module) -> AutoparError:
+    """What is said of a model that is to be pickled, as `torch.save(model)` does."""
+    return AutoparError(f"a compiled model ({type(model).__name__}) is bound to its ranks and can't be pickled; save "
+                        "model.full_state_dict(), or a checkpoint by autopar.save_checkpoint, and compile again")
+
+
+def _share(grad: Tensor, ranks: int) -> float:
+    """The inverse of how many ranks hold each element of `grad`, of which `ranks` hold some."""
     if not isinstance(grad, DTensor):
-        return 1.0 / dist.get_world_size()
-    parts = [grad.device_mesh.size(i) for i, p in enumerate(grad.placements) if isinstance(p, Shard)]
-    return float(torch.tensor(parts).prod()) / dist.get_world_size() if parts else 1.0 / dist.get_world_size()
+        return 1.0 / ranks
+    return math.prod(grad.device_mesh.size(i) for i, p in enumerate(grad.placements) if isinstance(p, Shard)) / ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Holding:
+    """What of a model this rank holds: `names` of parameters and buffers, the `segments` that run here.
+
+    `ranks` counts by parameter the ranks that hold some of it, `tellers` has the first of them where that is not rank
+    0; `pipeline(parameters, named_parameters)` makes what runs a program, where there are stages.
+    """
+
+    names: frozenset[str]
+    segments: frozenset[str]
+    ranks: dict[str, int]
+    tellers: dict[str, int]
+    pipeline: Callable[[Parameters, Callable[[], Any]], Callable[..., Any]] | None = None
+
+
+def whole_holding(plain: nn.Module, decision: Decision) -> Holding:
+    """Everything, on every rank."""
+    names = frozenset(held_by(plain))
+    segments = frozenset(segment.name for segment in decision.context.segmented.segments)
+    return Holding(names, segments, dict.fromkeys(names, dist.get_world_size()), {})
 
 
 def stored_parameters(plain: nn.Module, decision: Decision) -> dict[str, Stored]:
@@ -269,21 +340,21 @@ def stored_parameters(plain: nn.Module, decision: Decision) -> dict[str, Stored]
     return found
 
 
-def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], site: Site) -> Body:
-    """Shards of the parameters of `plain`, group by group, and its buffers, all without values.
+def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], site: Site, holding: Holding) -> Body:
+    """Shards of the parameters that are held, group by group, and buffers, all without values.
 
     They are cut on meta, so that no more than this rank's part is ever allocated.
     """
     parameters = {name: at_rest(torch.empty_like(p, device="meta"), stored[name], site.mesh, p.requires_grad)
-                  for name, p in plain.named_parameters()}
-    owner = _owners(decision)
+                  for name, p in plain.named_parameters() if name in holding.names}
+    owner = _owners(decision, holding.segments)
     members: dict[tuple[str, Travels], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         travels = stored[name].storage.gathered, stored[name].storage.kept
         members.setdefault((owner.get(name, ""), travels), {})[name] = parameter
     groups = [(travels, ParameterGroup(held)) for (_, travels), held in members.items()]
     body = Body(tuple(group for _, group in groups), {
-        name: torch.empty_like(b, device=site.device) for name, b in plain.named_buffers()})
+        name: torch.empty_like(b, device=site.device) for name, b in plain.named_buffers() if name in holding.names})
     for (axes, _), group in groups:
         if axes:
             wrap(group, {n: stored[n] for n in group.names}, decision.mesh, site.mesh)
@@ -310,12 +381,12 @@ def units_of(owners: Mapping[str, ParameterGroup], stored: Mapping[str, Stored],
     return made
 
 
-def _owners(decision: Decision) -> dict[str, str]:
-    """The segment that alone uses each parameter."""
+def _owners(decision: Decision, here: frozenset[str]) -> dict[str, str]:
+    """The segment that alone uses each parameter, of those that run here."""
     sources = decision.context.segmented.factored.program.sources
     users: dict[str, list[str]] = {}
     for segment in decision.context.segmented.segments:
         for node in segment.externals:
-            if node in decision.storage:
+            if node in decision.storage and segment.name in here:
                 users.setdefault(sources[node.name].name, []).append(segment.name)
     return {name: segments[0] for name, segments in users.items() if len(segments) == 1}

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.codegen import private
 from autopar.codegen.communicator import Axes
-from autopar.codegen.engine import Engine, Seeds
+from autopar.codegen.engine import Engine, Parameters, Seeds
 from autopar.codegen.executable import Call, Values
 from autopar.codegen.travel import local_of, send_whole
 from autopar.core.errors import AutoparError
@@ -69,44 +69,86 @@ class Tape:
 
         `keep` records for another backward.
         """
-        self.check()
-        return _Backward(self, dict(grads), self.engine.learns(grads)).run(keep)
+        sums = Sums(self.engine.parameters)
+        _Backward(self, dict(grads), self.engine.learns(grads), sums).run(keep, last=True)
+        return sums.finish()
+
+    def part(self, grads: Values, sums: Sums, last: bool) -> Values:
+        """The gradients of what the forward was given; those of parameters are added to `sums`, which sends for them
+        in the `last` of several backwards."""
+        backward = _Backward(self, dict(grads), self.engine.learns(grads), sums)
+        backward.run(False, last)
+        return backward.waiting
+
+
+@dataclass(eq=False)
+class Sums:
+    """Gradients of parameters: what is due to be summed over ranks, what is under way, what has come.
+
+    Where backwards are `several` what they bring is added up in the dtype that ranks' gradients are summed in.
+    """
+
+    parameters: Parameters
+    several: bool = False
+    due: dict[Axes, dict[str, Tensor]] = field(default_factory=dict)
+    flying: list[list[Iterator[None]]] = field(default_factory=list)
+    found: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, name: str, axes: Axes, grad: Tensor) -> None:
+        """Add to the gradient of a parameter, which is to be summed over `axes`."""
+        mine = self.due.setdefault(axes, {})
+        if name in mine:
+            mine[name] = mine[name] + grad
+        else:
+            unit = self.parameters.units.get(name)
+            mine[name] = grad.to(unit.sum_dtype) if self.several and unit is not None else grad
+
+    def send(self, ready: frozenset[str]) -> None:
+        """Begin to sum the gradients of those that are `ready`, and wait for those that were begun some time ago."""
+        flights = [flight for axes in self.due for flight in self._flights(axes, ready)]
+        old = len(self.flying) - IN_FLIGHT + 1
+        going = [_advanced(each) if i < old else each for i, each in enumerate(self.flying)]
+        self.flying = [each for each in (*going, _advanced(flights)) if each]
+
+    def _flights(self, axes: Axes, ready: frozenset[str]) -> Iterator[Iterator[None]]:
+        grads, units = self.due[axes], self.parameters.units
+        over = self.parameters.communicator.group(axes)
+        now = [name for name in grads if name in ready]
+        for unit in dict.fromkeys(units[name] for name in now if name in units):
+            yield unit.send({m.name: grads.pop(m.name) for m in unit.members if m.name in grads}, over, self.found)
+        yield send_whole({name: grads.pop(name) for name in now if name not in units}, over, self.found)
+
+    def finish(self) -> dict[str, Tensor]:
+        """All gradients, by parameter."""
+        while self.flying:
+            self.flying = [each for each in map(_advanced, self.flying) if each]
+        return {name: _added(parts) for name, parts in self.found.items()}
 
 
 @dataclass(eq=False)
 class _Backward:
-    """One backward: gradients of values that wait for the call that made them, sums that are under way."""
+    """One backward; gradients of values wait for the call that made them."""
 
     tape: Tape
     waiting: dict[fx.Node, Tensor]
     learns: frozenset[str]
-    found: dict[str, list[Tensor]] = field(default_factory=dict)
-    due: dict[Axes, dict[str, Tensor]] = field(default_factory=dict)
-    flying: list[list[Iterator[None]]] = field(default_factory=list)
+    sums: Sums
 
-    @property
-    def engine(self) -> Engine:
-        return self.tape.engine
-
-    def run(self, keep: bool) -> dict[str, Tensor]:
-        calls = self.tape.calls
+    def run(self, keep: bool, last: bool) -> None:
+        """Call by call in reverse."""
+        engine, calls = self.tape.engine, self.tape.calls
         for i in reversed(range(len(calls))):
             taped = calls[i]
-            units = self.engine.units[taped.place]
-            for unit in units:
+            for unit in engine.units[taped.place]:
                 unit.arrive()
-            self.engine.begin(taped.place - 1)
+            engine.begin(taped.place - 1)
             self._call(taped, keep)
             if not keep:
                 calls.pop()
-            self._send(taped.place)
-            for unit in units:
-                if self.engine.uses[id(unit)][0] == taped.place:
-                    unit.leave()
+            if last:
+                self.sums.send(engine.ready_after(taped.place))
+            engine.let_go_after(taped.place)
             del taped
-        while self.flying:
-            self.flying = [each for each in map(_advanced, self.flying) if each]
-        return {name: _added(parts) for name, parts in self.found.items()}
 
     def _call(self, taped: Taped, keep: bool) -> None:
         """The gradients of one call."""
@@ -121,32 +163,15 @@ class _Backward:
         for node, grad in zip(taped.leaves, found, strict=False):
             if grad is not None:
                 self.waiting[node] = self.waiting[node] + grad if node in self.waiting else grad
-        over = self._over(self.engine.executable.calls[taped.place])
+        over = _over(self.tape.engine.executable.calls[taped.place])
         for (name, x), grad in zip(wanted.items(), found[len(taped.leaves):], strict=True):
-            given = torch.zeros_like(x) if grad is None else grad
-            mine = self.due.setdefault(over[name], {})
-            mine[name] = mine[name] + given if name in mine else given
+            self.sums.add(name, over[name], torch.zeros_like(x) if grad is None else grad)
 
-    def _over(self, call: Call) -> dict[str, Axes]:
-        """By parameter of a call the axes over which gradients that it brings are still to be summed."""
-        sums = call.lowered.sums or ((),) * len(call.parameters)
-        return {name: axes for name, axes in zip(call.parameters, sums, strict=True) if name}
 
-    def _send(self, place: int) -> None:
-        """Begin to sum gradients that are whole now, and wait for those that were begun some calls ago."""
-        flights: list[Iterator[None]] = []
-        for axes, grads in self.due.items():
-            over = self.engine.parameters.communicator.group(axes)
-            units = dict.fromkeys(self.engine.parameters.units[n] for n in grads if n in self.engine.parameters.units)
-            for unit in units:
-                if self.engine.uses[id(unit)][0] == place:
-                    mine = {m.name: grads.pop(m.name) for m in unit.members if m.name in grads}
-                    flights.append(unit.send(mine, over, self.found))
-            home = {name: grads.pop(name) for name in tuple(grads) if name not in self.engine.parameters.units}
-            flights.append(send_whole(home, over, self.found))
-        old = len(self.flying) - IN_FLIGHT + 1
-        going = [_advanced(each) if i < old else each for i, each in enumerate(self.flying)]
-        self.flying = [each for each in (*going, _advanced(flights)) if each]
+def _over(call: Call) -> dict[str, Axes]:
+    """By parameter of a call the axes over which gradients that it brings are still to be summed."""
+    sums = call.lowered.sums or ((),) * len(call.parameters)
+    return {name: axes for name, axes in zip(call.parameters, sums, strict=True) if name}
 
 
 def _advanced(flights: Iterable[Iterator[None]]) -> list[Iterator[None]]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from autopar.core.cluster import Cluster
+from autopar.core.collectives import inner_pricer
 from autopar.core.device import Device
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
@@ -40,7 +41,9 @@ class Setting:
     """Where and how a program is to run: mesh, cluster, optimizer, mode, bytes a device may hold.
 
     `pinned` fixes how parameters rest, by placeholder name, as an evaluation program must; `allowed` are the only
-    assignments of some ops, by name; `factors` are what was measured of classes of segments.
+    assignments of some ops, by name; `factors` are what was measured of classes of segments. The mesh is that of one of
+    `stages`, whose devices, stage by stage, are `layout`; the program is one of `micro_batches`. `budgets` are by
+    device where they differ.
     """
 
     mesh: Mesh
@@ -51,11 +54,21 @@ class Setting:
     pinned: dict[str, Storage] = field(default_factory=dict)
     allowed: dict[str, tuple[Assignment, ...]] = field(default_factory=dict)
     factors: Factors = field(default_factory=dict)
+    stages: int = 1
+    micro_batches: int = 1
+    layout: tuple[int, ...] = ()
+    budgets: tuple[float, ...] = ()
 
     @cached_property
     def price(self) -> Price:
-        """Seconds of a collective."""
-        return self.cluster.pricer(self.mesh)
+        """Seconds of a collective; of stages, of all of them at once."""
+        if self.stages == 1:
+            return self.cluster.pricer(self.mesh)
+        return inner_pricer(self.cluster.pricer(Mesh((self.stages, *self.mesh.shape), self.layout)))
+
+    def budget_of(self, devices: tuple[int, ...]) -> float:
+        """Bytes that each of some devices may hold: all as many, or by what they have."""
+        return min(self.budgets[d] for d in devices) if self.budgets else self.budget
 
     @cached_property
     def device(self) -> Device:
@@ -201,7 +214,7 @@ class _Builder:
 
     def _together(self, run: Run) -> Together:
         plain = self.context.segmented.factored.program.precision in ("fp32", "bf16")
-        return Together(1.0 if plain else 2.0, latency_share(run.parameters))
+        return Together(1.0 if plain else 2.0, latency_share(run.parameters), self.setting.micro_batches)
 
     def _parameter_tables(self, stored: tuple[Storage, ...], targets: tuple[States, ...], cargo: Cargo,
                           together: Together) -> tuple[Tables, Tables]:

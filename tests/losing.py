@@ -1,4 +1,5 @@
-"""A script that trains until one of the ranks is lost: `losing.py RANK SIZE PORT HOW MODE`, RANK -1 for all."""
+"""A script that trains until one of the ranks is lost, or brings something else:
+`losing.py RANK SIZE PORT HOW MODE BACKEND`, RANK -1 for all."""
 
 from __future__ import annotations
 
@@ -6,11 +7,14 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 import torch
 
 import autopar
-from tests.builders import gpt2, quick
+from tests.builders import Case, gpt2, quick
+
+LAST_STEP = 1000
 
 
 def lose(how: str) -> None:
@@ -21,14 +25,21 @@ def lose(how: str) -> None:
         raise ValueError("bad sample")
 
 
-def main(rank: int, size: int, port: int, how: str, mode: str) -> None:
-    autopar.init(rank, size, "127.0.0.1", port, "gloo")
-    case = gpt2()
-    model = autopar.compile(case.model, quick(size), inputs=case.inputs, mode=mode, precision="fp32",
-                            mesh=(2, 2) if size == 4 else None)
-    for step in range(4 if how == "nothing" else 1000):
-        loss = case.call(model)
-        if rank == size - 1 and step == 3:
+def brought(case: Case, odd: bool) -> dict[str, Any]:
+    """The batch of a step, another one where it is odd."""
+    assert isinstance(case.inputs, dict)
+    return {name: x[:, 1:] for name, x in case.inputs.items()} if odd else case.inputs
+
+
+def main(rank: int, size: int, port: int, how: str, mode: str, backend: str) -> None:
+    autopar.init(rank, size, "127.0.0.1", port, backend)
+    last = rank == size - 1
+    case = gpt2(layers=3 if last and how == "model" else 2)
+    model = autopar.compile(case.model, quick(size) if backend == "gloo" else None, inputs=case.inputs, mode=mode,
+                            precision="fp32", mesh=(2, 2) if size == 4 else None)
+    for step in range(4 if how == "nothing" else LAST_STEP):
+        loss = case.call(model, brought(case, last and step == 3 and how == "batch"))
+        if last and step == 3:
             parameter = next(iter(model.parameters()))
             parameter.register_post_accumulate_grad_hook(lambda _: lose(how))  # in the middle of a backward
         loss.backward()

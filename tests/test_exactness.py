@@ -6,7 +6,9 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import autopar
 from tests.builders import CASES, quick
@@ -75,3 +77,62 @@ def test_families_as_their_authors_wrote_them(pool: Any, name: str, mode: str) -
     for loss_error, gradient_error, _ in pool(2).run(check, name, {"mode": mode, "solver": "highs"}, False):
         assert loss_error <= TOLERANCE
         assert gradient_error <= TOLERANCE
+
+
+class PartlyUsed(nn.Module):
+    """Parameters that no output, and that only an output beside the loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.unused, self.beside = nn.Linear(16, 16), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.first(x).relu()
+        return {"loss": F.cross_entropy(self.last(hidden), labels), "other": hidden * self.beside}
+
+
+def without_gradient(rank: int, world_size: int, options: dict[str, Any]) -> set[str]:
+    torch.manual_seed(0)
+    model = autopar.compile(PartlyUsed(), quick(world_size), precision="fp32", **options)
+    model(torch.randn(8, 16), torch.arange(8))["loss"].backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is None}
+
+
+@pytest.mark.parametrize("options", [{"mode": "2d", "mesh": (2, 2)}, {"mode": "zero3"}, {"mode": "auto"}], ids=str)
+def test_what_is_not_used_has_no_gradient(pool: Any, options: dict[str, Any]) -> None:
+    for found in pool(4).run(without_gradient, options):
+        assert found == {"unused.weight", "unused.bias", "beside"}
+
+
+def normalised() -> nn.Module:
+    """Linear layers right before batch norms, which take away what their biases add."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32),
+                         nn.ReLU(), nn.Linear(32, 8))
+
+
+def rounding(rank: int, world_size: int, x: Tensor, labels: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    model = autopar.compile(normalised(), quick(world_size), inputs=(x, labels), loss_fn=F.cross_entropy,
+                            precision="fp32", **options)
+    model(x, labels).backward()
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mode", ["ddp", "1d"])
+def test_gradients_that_are_nothing_but_rounding(pool: Any, mode: str) -> None:
+    """They are 0 in exact numbers, so no order of sums is right: ours is as near to 0 as other orders of the batch are
+    in one process."""
+    generator = torch.Generator().manual_seed(5)
+    x, labels = torch.randn(64, 16, generator=generator), torch.randint(0, 8, (64,), generator=generator)
+    found = pool(2).run(rounding, x, labels, {"mode": mode})[0]
+    for name in ("0.bias", "3.bias"):
+        orders = [torch.arange(64), *(torch.randperm(64, generator=generator) for _ in range(8))]
+        assert float(found[name].abs().max()) <= 2 * max(plain_rounding(x[o], labels[o], name) for o in orders)
+        assert plain_rounding(x.double(), labels, name) < 1e-15
+
+
+def plain_rounding(x: Tensor, labels: Tensor, name: str) -> float:
+    model = normalised().to(x.dtype)
+    F.cross_entropy(model(x), labels).backward()
+    return float(model.get_parameter(name).grad.abs().max())

@@ -10,13 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[1]
 START_SECONDS, MOST_SECONDS = 200.0, 60.0
 
 
-def run(size: int, how: str, mode: str, started: tuple[int, ...]) -> tuple[list[int], list[str], float]:
+Outcome = tuple[list[int], list[str], float]
+
+
+def run(size: int, how: str, mode: str, started: tuple[int, ...], backend: str = "gloo") -> Outcome:
     """By process how it ended and what it said; the seconds from the first end to the last. `started` are the ranks,
     each a process, or -1 for one that spawns them all."""
     with socket.socket() as free:
@@ -24,9 +28,9 @@ def run(size: int, how: str, mode: str, started: tuple[int, ...]) -> tuple[list[
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [subprocess.Popen([sys.executable, "-m", "tests.losing", str(rank), str(size), str(port), how, mode],
-                              env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-             for rank in started]
+    command, rest = [sys.executable, "-m", "tests.losing"], [str(size), str(port), how, mode, backend]
+    ranks = [subprocess.Popen([*command, str(rank), *rest], env=environment, cwd=ROOT, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True) for rank in started]
     try:
         deadline = time.monotonic() + START_SECONDS
         while all(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
@@ -54,3 +58,34 @@ def test_ranks_that_end_apart_without_an_error_are_left_alone(started: tuple[int
     codes, said, _ = run(2, "nothing", "ddp", started)
     assert codes == [0] * len(started)
     assert "".join(said).count("done") == 2 and all("gone" not in text for text in said), said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size", "how", "mode"), [
+    (2, "kill", "zero3"), (2, "kill", "ddp"), (4, "kill", "zero+1d"), (2, "error", "1d")])
+def test_the_others_are_told_under_nccl(size: int, how: str, mode: str) -> None:
+    need(size)
+    codes, said, seconds = run(size, how, mode, tuple(range(size)), "nccl")
+    assert codes[-1] == (-9 if how == "kill" else 1) and seconds < MOST_SECONDS, said
+    for code, text in zip(codes[:-1], said[:-1], strict=True):
+        assert code not in (0, None) and f"rank {size - 1} of {size} is gone" in text, text
+
+
+ELSE = {"model": "rank 0 and", "batch": "ranks brought batches of different kinds"}
+"""What all say, by what one rank brings another of."""
+
+
+@pytest.mark.parametrize(("how", "backend"), [
+    ("model", "gloo"), pytest.param("batch", "gloo", marks=pytest.mark.slow),
+    pytest.param("model", "nccl", marks=pytest.mark.gpu), pytest.param("batch", "nccl", marks=pytest.mark.gpu)])
+def test_a_rank_with_something_else_is_told_of(how: str, backend: str) -> None:
+    need(2 if backend == "nccl" else 0)
+    codes, said, seconds = run(2, how, "zero3", (0, 1), backend)
+    assert codes == [1, 1] and seconds < MOST_SECONDS, said
+    assert all("AutoparError" in text and ELSE[how] in text for text in said), said
+
+
+def need(gpus: int) -> None:
+    """Skip where there are fewer."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs, there are {torch.cuda.device_count()}")

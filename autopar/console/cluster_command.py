@@ -8,12 +8,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from autopar import launch
+from autopar.codegen.ranks import on_rank_zero
 from autopar.console.cluster_options import Measure, Show
 from autopar.console.cluster_plot import draw
 from autopar.console.cluster_report import as_text
 from autopar.console.options import writable
 from autopar.core.cluster import Cluster
-from autopar.ranks import on_rank_zero
 
 
 def measure(options: Measure) -> str:

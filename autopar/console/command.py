@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from autopar.arguments import read_counts
 from autopar.comparison import compare
 from autopar.console.options import Options
 from autopar.console.progress import Progress, hushed
@@ -29,8 +30,9 @@ MOST_PROCESSES = 8
 def answer(options: Options, progress: Progress, start: float) -> str:
     """The plan as text to print; `start` is when the command started, of `time.perf_counter`. Raises AutoparError."""
     cluster = options.cluster or this_machine()
-    request = Request(options.model, options.mode, options.mesh, options.optimizer, options.memory_budget,
-                      options.solver, options.pins)
+    stages, mesh, parts = read_counts((options.pp, options.dp, options.tp, options.micro_batches), options.mesh)
+    request = Request(options.model, options.mode, mesh, options.optimizer, options.memory_budget, options.solver,
+                      options.pins, stages=stages, micro_batches=parts)
     check_shapes(request, cluster)  # before anything is built
     progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")
     built = build(options.model, options.batch, options.seq)

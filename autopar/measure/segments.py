@@ -18,10 +18,10 @@ from torch import nn
 
 from autopar.codegen.arrivals import arrivals
 from autopar.codegen.executable import Call, Executable
+from autopar.codegen.ranks import together
 from autopar.core.errors import AutoparError
 from autopar.core.files import entry, read_object, write_whole
 from autopar.measure.trial import Trial, trial
-from autopar.ranks import together
 
 FORMAT = "autopar segment 1"
 log = logging.getLogger("autopar")

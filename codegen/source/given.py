@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.codegen.communicator import Axes
+from autopar.codegen.primitives import slice_
+from autopar.codegen.source.rank import Rank
 from autopar.codegen.source.state import Resting
 from autopar.core.errors import AutoparError
 
@@ -21,11 +24,15 @@ SPREAD = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """An input of the whole batch, or a buffer: its shape, its dtype; random whole numbers are less than `below`."""
+    """An input of the whole batch, or a buffer: its shape, its dtype; random whole numbers are less than `below`.
+
+    A step takes each rank's part of the samples, cut over the axes `samples`.
+    """
 
     shape: Shape
     dtype: torch.dtype
     below: int = 2
+    samples: Axes = ()
 
 
 def options(description: str | None) -> argparse.Namespace:
@@ -53,11 +60,16 @@ def values(path: str | None, seed: int, parameters: Mapping[str, Resting], buffe
     return value
 
 
-def inputs(path: str | None, seed: int, wanted: Mapping[str, Given], device: torch.device) -> dict[str, Tensor]:
-    """The whole batch by name, on `device`: what the file at `path` has, else random numbers. Raises AutoparError."""
+def inputs(path: str | None, seed: int, wanted: Mapping[str, Given], rank: Rank) -> dict[str, Tensor]:
+    """This rank's part of the batch by name: of what the file at `path` has, else of random numbers.
+
+    Raises AutoparError.
+    """
     held = None if path is None else _read(path, {name: each.shape for name, each in wanted.items()})
     found = {name: held[name] if held is not None else _random_input(name, each, seed) for name, each in wanted.items()}
-    return {name: x.to(device, wanted[name].dtype) for name, x in found.items()}
+    parts = {name: slice_(x, rank.communicator.group(wanted[name].samples), 0) if wanted[name].samples else x
+             for name, x in found.items()}
+    return {name: x.to(rank.device, wanted[name].dtype) for name, x in parts.items()}
 
 
 def _read(path: str, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:

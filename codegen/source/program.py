@@ -29,7 +29,7 @@ def main() -> None:
     init()
     rank = Rank.on(MESH, device())
     state = State.of(rank, PARAMETERS, BUFFERS, values(given.state, given.seed, PARAMETERS, BUFFERS), GATHERED)
-    batch = inputs(given.inputs, given.seed, INPUTS, rank.device)
+    batch = inputs(given.inputs, given.seed, INPUTS, rank)
     loss = step(rank, state, batch, constants(rank), rank.seeds(given.seed, SEGMENTS))
     if loss.requires_grad:
         loss.backward()
@@ -63,7 +63,7 @@ def program_text(executable: Executable, title: Title) -> str:
          f"SEGMENTS = {len(executable.calls)}"],
         _table("PARAMETERS", "dict[str, Resting]", _parameters(decision).items()),
         _table("BUFFERS", "dict[str, Given]", _buffers(decision).items()),
-        _table("INPUTS", "dict[str, Given]", _inputs(decision).items()),
+        _table("INPUTS", "dict[str, Given]", _inputs(executable).items()),
         *(["", *function.lines] for function in functions.values()),
         ["", "def constants(rank: Rank) -> dict[str, Tensor]:", *_returned(made)],
         ["", "def step(rank: Rank, state: State, batch: dict[str, Tensor], constant: dict[str, Tensor],",
@@ -80,7 +80,8 @@ def _header(decision: Decision, title: Title) -> list[str]:
         '"""' + title.lines[0], "", *title.lines[1:], "",
         f"    {run} [--state state.safetensors] [--inputs inputs.safetensors]", "",
         "Comments have a value's shape on this rank and how it lies on the mesh: S0 is a dim cut over axis 0, R one",
-        "that is whole, (P0) a partial sum over axis 0. `backward` is what a collective does to the gradient.",
+        "that is whole, (P0) a partial sum over axis 0. `backward` is what a collective does to the gradient. A step",
+        "takes this rank's part of each input whose samples are cut in INPUTS; the files have whole ones.",
         '"""', "", "import torch", "from torch import Tensor",
     ]
 
@@ -157,14 +158,15 @@ def _buffers(decision: Decision) -> dict[str, Text]:
             for n in program.placeholders("buffer") if n in used}
 
 
-def _inputs(decision: Decision) -> dict[str, Text]:
-    program = decision.context.segmented.factored.program
+def _inputs(executable: Executable) -> dict[str, Text]:
+    program, specs = executable.decision.context.segmented.factored.program, executable.target.inputs
     found = {}
     for node in program.placeholders("input"):
         value = value_of(node)
         if value is not None:
-            limit = {} if value.is_floating_point() else {"below": _below(node)}
-            found[program.sources[node.name].name] = call("Given", (tuple(value.shape), value.dtype), limit)
+            told: dict[str, object] = {} if value.is_floating_point() else {"below": _below(node)}
+            told |= {"samples": specs[node].dims[0]} if node in specs else {}
+            found[program.sources[node.name].name] = call("Given", (tuple(value.shape), value.dtype), told)
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from autopar.codegen.collectives import Reshard
 from autopar.codegen.executable import Call
+from autopar.codegen.lower import Target
 from autopar.codegen.reprice import Shapes
 from autopar.codegen.source.layout import statement
 from autopar.codegen.source.names import Scope
@@ -20,7 +21,6 @@ from autopar.codegen.source.reshards import reshard_text
 from autopar.codegen.source.resting import resting_spec
 from autopar.core.spec import Spec
 from autopar.passes.capture import COMPUTE_DTYPE
-from autopar.passes.decision import Decision
 from autopar.passes.layout import from_base, local_factors, local_shape
 from autopar.passes.notation import merged
 from autopar.passes.strategies import storage_dims
@@ -38,25 +38,25 @@ class Function:
     lines: tuple[str, ...]
 
 
-def written(each: Call, name: str, words: tuple[str, ...], decision: Decision) -> Function:
+def written(each: Call, name: str, words: tuple[str, ...], target: Target) -> Function:
     """The function `name` of a call's lowered segment, whose externals are the arguments `words`."""
-    return _Writer(each, words, decision).run(name)
+    return _Writer(each, words, target).run(name)
 
 
 @dataclass(eq=False)
 class _Writer:
     call: Call
     words: tuple[str, ...]
-    decision: Decision
+    target: Target
     scope: Scope = field(default_factory=Scope)
     texts: dict[fx.Node, Text] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        lowered = self.call.lowered
+        lowered, self.decision = self.call.lowered, self.target.decision
         self.shapes = Shapes(lowered.module)
         with torch.no_grad():
-            self.shapes.run(*arrivals(self.call, self.decision), torch.empty((), dtype=torch.int64, device="meta"))
+            self.shapes.run(*arrivals(self.call, self.target), torch.empty((), dtype=torch.int64, device="meta"))
         self.env = self.shapes.env
         self.nodes = list(lowered.module.graph.nodes)
         self.last = self._last_reads()
@@ -205,9 +205,10 @@ class _Writer:
         return str(found) if len(found.dims) == self.env[node].ndim else ""
 
 
-def arrivals(each: Call, decision: Decision) -> list[Tensor]:
+def arrivals(each: Call, target: Target) -> list[Tensor]:
     """The externals of a call's lowered segment on `meta`, as they come in: parameters in the shape they are stored in.
     """
+    decision = target.decision
     factored = decision.context.segmented.factored
     found = []
     for node in each.lowered.segment.externals:
@@ -219,7 +220,7 @@ def arrivals(each: Call, decision: Decision) -> list[Tensor]:
             mixed = factored.program.precision.endswith("-mixed") and dtype == COMPUTE_DTYPE[factored.program.precision]
             dtype = torch.float32 if mixed else dtype
         else:
-            spec = decision.arrival(node) or Spec(((),) * len(factored.flat(node)))
+            spec = decision.arrival(node) or target.inputs.get(node) or Spec(((),) * len(factored.flat(node)))
             shape = local_shape(factored, node, spec, decision.mesh)
         found.append(torch.empty(shape, dtype=dtype, device="meta"))
     return found

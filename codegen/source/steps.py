@@ -43,7 +43,7 @@ def functions_of(executable: Executable) -> dict[int, Function]:
         if id(call.lowered) not in found:
             name = scope.new(re.sub(r"(?<=[a-z])_\d+$", "", call.segment.name) if block(call, executable.decision)
                              else call.segment.name)
-            found[id(call.lowered)] = written(call, name, words(call, executable.decision), executable.decision)
+            found[id(call.lowered)] = written(call, name, words(call, executable.decision), executable.target)
     return found
 
 

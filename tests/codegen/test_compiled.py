@@ -263,6 +263,38 @@ def test_what_fails_when_it_runs_is_not_blamed_on_the_compiler(monkeypatch: pyte
         segment(FailsLater())(torch.ones(2))
 
 
+def alone(rank: int, world_size: int, where: str) -> list[str]:
+    """What a rank is told when rank 1 alone can't compile, and then that all go on without a compiler."""
+    def backend(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if rank == 1 and where == "the backend":
+            raise RuntimeError("no compiler here")
+        return graph.forward
+
+    def traced(*_: Any, **__: Any) -> Any:
+        raise torch._dynamo.exc.Unsupported("no tracing here")
+
+    case, said = mlp(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(private, "inductor", backend)
+        model = made(case, world_size, "inductor", mode="1d")
+        if rank == 1 and where == "the trace":
+            patch.setattr(torch, "compile", lambda *_, **__: traced)
+        try:
+            case.call(model)
+        except AutoparError as error:
+            said.append(str(error))
+    loss = case.call(made(case, world_size, "eager", mode="1d"))
+    return [*said, "in step" if abs(float(loss) - plain_step(case)[0]) < TOLERANCE else "out of step"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("where", "words"), [("the backend", "RuntimeError: no compiler here"),
+                                              ("the trace", "Unsupported: no tracing here")])
+def test_a_rank_that_alone_can_t_compile_is_told_of_on_all(pool: Any, where: str, words: str) -> None:
+    for said, then in pool(2).run(alone, where):
+        assert "can't be compiled" in said and words in said and "pass compiler=\"eager\"" in said and then == "in step"
+
+
 def test_progress_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     progress = Progress(5)

@@ -18,7 +18,7 @@ MATRIX = N * N * 4
 def graph(call: Callable[[Tensor], Tensor]) -> fx.Graph:
     """The forward of a call on a matrix as a compiler gets it."""
     found: dict[str, fx.GraphModule] = {}
-    with private.without_memory():
+    with private.without_values():
         private.traced(lambda x: (call(x),), [torch.empty(N, N)], found.setdefault)
     return found["forward"].graph
 

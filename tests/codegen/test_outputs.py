@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import autopar
+from autopar.codegen.outputs import NotKept
 from tests.builders import CASES, Case, quick
 from tests.families import family
 from tests.test_exactness import gradient_errors, whole
@@ -90,3 +92,19 @@ def kept(rank: int, world_size: int) -> list[str]:
 def test_other_outputs_say_how_they_are_kept(pool: Any) -> None:
     for said in pool(2).run(kept):
         assert all("output 'logits' is not kept" in text and 'returns="all"' in text for text in said)
+
+
+@pytest.mark.parametrize("use", [
+    lambda x: x + 1, lambda x: 1 - x, lambda x: x @ x, lambda x: -x, lambda x: x > 0, lambda x: x == 3, float, len,
+    bool, list, abs, lambda x: 3 in x, lambda x: torch.softmax(x, -1), lambda x: torch.cat([torch.ones(2), x]),
+    lambda x: torch.ones(2) * x, lambda x: nn.functional.relu(x), lambda x: x(1), lambda x: x.mean(), np.asarray,
+], ids=str)
+def test_whatever_is_done_to_an_output_that_is_not_kept(use: Any) -> None:
+    with pytest.raises(autopar.AutoparError, match=r"output 'logits' is not kept.*returns=\"all\""):
+        use(NotKept("logits"))
+
+
+def test_what_looks_for_absent_outputs_finds_one() -> None:
+    output = NotKept("logits")
+    assert output is not None and output != None and None not in (output,) and len({output}) == 1  # noqa: E711
+    assert repr(copy.deepcopy(output)) == "<output logits not kept>"

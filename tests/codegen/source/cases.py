@@ -64,7 +64,7 @@ def written(rank: int, world_size: int, folder: str) -> Figures:
     place = Rank.on(step.MESH, device())
     held = values(f"{folder}/state.safetensors", SEED, step.PARAMETERS, step.BUFFERS)
     state = State.of(place, step.PARAMETERS, step.BUFFERS, held, step.GATHERED)
-    batch = inputs(f"{folder}/inputs.safetensors", SEED, step.INPUTS, place.device)
+    batch = inputs(f"{folder}/inputs.safetensors", SEED, step.INPUTS, place)
     loss = step.step(place, state, batch, step.constants(place), place.seeds(SEED, step.SEGMENTS))
     loss.backward()
     return float(loss.detach()), state.gradient_norm()

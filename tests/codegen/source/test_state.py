@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,12 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autopar.codegen import private
+from autopar.codegen.communicator import Communicator, Group
+from autopar.codegen.executable import offline
 from autopar.codegen.source.given import Given, inputs, values
 from autopar.codegen.source.rank import Rank
 from autopar.codegen.source.state import Resting, State
 from autopar.core.errors import AutoparError
+from autopar.core.mesh import Mesh
 
 CPU = torch.device("cpu")
+ALONE = Rank(offline(Mesh((1,))), CPU)
 PARAMETERS = {
     "a": Resting((5, 3), "RR", gathered=(0,), dim=0), "b": Resting((4, 7), "RR", gathered=(0,), dim=1),
     "c": Resting((1,), "R", gathered=(0,), kept=True), "d": Resting((6, 4), "S0R", stored=(4, 6)),
@@ -133,8 +138,11 @@ def test_random_values_are_the_same_wherever_they_are_drawn() -> None:
     assert torch.equal(first("a"), second("a")) and not torch.equal(first("a"), other("a"))
     assert first("mean").tolist() == [1.0, 1.0] and first("count").tolist() == 0 and first("count").dtype == torch.int64
     given = {"ids": Given((50, 4), torch.int64, below=3), "x": Given((2, 3), torch.bfloat16)}
-    found = inputs(None, 0, given, CPU)
+    found = inputs(None, 0, given, ALONE)
     assert set(found["ids"].flatten().tolist()) == {0, 1, 2} and found["x"].dtype == torch.bfloat16
+    second = Rank(Communicator(Mesh((2,)), {(0,): Group("", 1, (0, 1))}), CPU)
+    part = inputs(None, 0, {"ids": replace(given["ids"], samples=(0,)), "x": given["x"]}, second)
+    assert torch.equal(part["ids"], found["ids"][25:]) and torch.equal(part["x"], found["x"])
 
 
 @pytest.mark.parametrize(("held", "said"), [
@@ -150,6 +158,6 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(AutoparError, match="cannot read"):
-        inputs(str(path), 0, {"x": Given((100,), torch.float32)}, CPU)
+        inputs(str(path), 0, {"x": Given((100,), torch.float32)}, ALONE)
     with pytest.raises(AutoparError, match="cannot read"):
-        inputs(str(tmp_path / "none"), 0, {}, CPU)
+        inputs(str(tmp_path / "none"), 0, {}, ALONE)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from autopar.codegen.control import control, exchanged
 from autopar.core.errors import AutoparError, Infeasible
 
 Value = TypeVar("Value")
@@ -72,6 +73,8 @@ def _exchanged(failure: str | None) -> list[str]:
     """The failures of all ranks, each once, in one order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [] if failure is None else [failure]
+    if not any(failed for (failed,) in exchanged((int(failure is not None),))):
+        return []
     failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
+    dist.all_gather_object(failures, failure, group=control())
     return sorted({text for text in failures if text is not None})

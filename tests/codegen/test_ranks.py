@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from autopar.codegen.ranks import on_rank_zero, together
 from autopar.core.errors import AutoparError, Infeasible, UnknownName
-from autopar.ranks import on_rank_zero, together
 
 FAILURES: dict[str, Exception] = {
     "infeasible": Infeasible("needs 5 GiB", 5.0), "without a budget": Infeasible("no way"),
