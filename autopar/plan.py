@@ -211,8 +211,9 @@ class Plan:
         memory = Bytes(*(entry(held, f.name, float) for f in dataclasses.fields(Bytes)))
         peak = entry(data, "observed_peak", float) if "observed_peak" in data else 0.0
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
-                   ops=ops, parameters=parameters, observed=observed, fallback_ops=entries(data, "fallback_ops", str),
-                   observed_peak=peak, pipelining=_pipelining(data), checkpoints=checkpoints)
+                   ops=ops, parameters=parameters, observed=observed, observed_peak=peak,
+                   fallback_ops=entries(data, "fallback_ops", str), pipelining=_pipelining(data),
+                   checkpoints=checkpoints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
