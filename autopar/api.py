@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ Inputs = Any
 ClusterLike = Cluster | str | os.PathLike[str]
 MeshLike = str | int | Sequence[int]
 PlanLike = Plan | str | os.PathLike[str]
+log = logging.getLogger("autopar")
 STORED: dict[bool, Stored] = {False: "by factor", True: "plain"}
 _WORDS: dict[str, Iterable[str]] = {"mode": MODES, "optimizer": OPTIMIZERS, "solver": SOLVERS}
 
@@ -131,6 +133,9 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         if place.size != dist.get_world_size():
             raise AutoparError(f"cluster {place.name} has {place.size} devices, {dist.get_world_size()} ranks are "
                                "running; start as many ranks as the cluster has devices, or name another cluster")
+        strange = launch.strangeness(place, launch.kind_of(launch.device()))
+        if strange:
+            log.warning(strange)
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
         return Order(place, request, precision, loss_fn, read, batch, returns,
                      compiler_for(launch.device(), compiler), material, STORED[bool(keep_shapes)],
