@@ -298,7 +298,8 @@ def joint_graph(module: fx.GraphModule, inputs: list[Tensor], fused: bool) -> tu
 
 
 def without_values() -> Any:
-    """A context in which tensors have shapes and devices and no values."""
+    """A context in which tensors have shapes and devices and no values. AOTAutograd takes the loss of meta tensors for
+    one without a gradient. It has no public name; the same in both versions."""
     from torch._subclasses import FakeTensorMode
     return FakeTensorMode()
 
@@ -311,6 +312,32 @@ def cut_joint(joint: fx.GraphModule, saved: list[fx.Node], outputs: int) -> tupl
     forward, backward = partitioners._extract_fwd_bwd_modules(
         joint, saved, saved_sym_nodes=[], num_fwd_outputs=outputs, static_lifetime_input_nodes=OrderedSet())
     return forward, partitioners.reordering_to_mimic_autograd_engine(backward)
+
+
+def traced(run: Callable[..., Any], arguments: list[Tensor], keep: Callable[[str, fx.GraphModule], object],
+           partition: Callable[..., Any] | None = None) -> list[Tensor]:
+    """The results of `run(*arguments)`, traced by AOTAutograd with Inductor's decompositions.
+
+    Its forward and, once that runs, its backward are given to `keep`, parted by `partition` or as Inductor does.
+    `aot_function` has no public name; the same in both versions.
+    """
+    from functools import partial
+
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.aot_autograd import make_boxed_func as boxed  # type: ignore[attr-defined]
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def kept(name: str) -> Any:
+        def compiler(graph: fx.GraphModule, _: Any) -> Any:
+            keep(name, graph)
+            return boxed(graph.forward)
+        return compiler
+
+    made = aot_function(lambda *inputs: tuple(run(*inputs)), fw_compiler=kept("forward"), bw_compiler=kept("backward"),
+                        partition_fn=partition or partial(min_cut_rematerialization_partition, compiler="inductor"),
+                        decompositions=select_decomp_table(), keep_inference_input_mutations=True)
+    return list(made(*arguments))
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:
