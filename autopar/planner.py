@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from autopar import pipelines
-from autopar.budget import best_within, lowered, recomputing
+from autopar.budget import best_within, least_seconds, lowered, recomputing
 from autopar.codegen.executable import Executable
 from autopar.codegen.reprice import Memory, reprice, saved_by, tally_calls
 from autopar.core.cluster import Cluster
@@ -287,12 +287,13 @@ def _recomputing(ctx: Context, cluster: Cluster, request: Request, known: Found 
     bound = math.inf
     every = _begun(ctx, cluster, replace(request, memory_budget=UNLIMITED), report)
     budget = request.setting(cluster, every[0][0].setting.mesh.shape).budget
-    for free, begun in every:
-        bound = min(bound, begun.bound.seconds)
-        if best and begun.bound.seconds >= best.seconds * (1.0 - TIE):
-            continue
+    for free, _ in every:
         problem = replace(free, setting=replace(free.setting, budget=budget),
                           instance=replace(free.instance, budget=budget))
+        least = least_seconds(problem.instance, request.solver)
+        bound = min(bound, least)
+        if best and least >= best.seconds * (1.0 - TIE):
+            continue
         try:
             made = best_within(problem, request.solver, best.seconds if best else math.inf, SOLVE_LIMIT_S)
         except Infeasible as refusal:
