@@ -352,7 +352,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=450.0, help="begin no job after so many")
     parser.add_argument("--cluster", help="a preset or a file, in place of what is measured")
     parser.add_argument("--compiler", choices=COMPILERS)
-    parser.add_argument("--costs", choices=("measured", "roofline"))
+    parser.add_argument("--costs", choices=("measured", "roofline"), default="measured")
     parser.add_argument("--precision", default="bf16-mixed")
     arguments = parser.parse_args(words)
     for job in arguments.jobs:
