@@ -204,8 +204,8 @@ class _Search:
             cuts.append(_cut(self.instance, cells[(done - 1) * self.width:(done - 1) * self.width + len(half)], half))
         total = 0.0
         for i, send in enumerate(self.instance.sends):
-            each = [cut[i] for cut in cuts] + self._ahead(i, cells, places - 1 - len(cuts))
-            total += send.each * sum(each) + send.slowest * max(each, default=0.0)
+            crossed = [cut[i] for cut in cuts] + self._ahead(i, cells, places - 1 - len(cuts))
+            total += send.each * sum(crossed) + send.slowest * max(crossed, default=0.0)
         for floor, each in zip(self.floor, self.instance.collectives, strict=True):
             whole = [g for g in self._groups(each, done) if g] if 0 not in each.axes else []
             cells_of = tuple(tuple(cells[c] for c in group) for group in whole)
