@@ -31,8 +31,14 @@ from torch import Tensor, nn
 from where import spent
 
 import autopar
+from autopar.codegen.arrivals import input_specs
+from autopar.codegen.compiled import COMPILERS
+from autopar.codegen.executable import build, offline
 from autopar.codegen.live import Live
+from autopar.codegen.lower import Target
+from autopar.codegen.step_bytes import compiled_footprints, eager_footprints, step_bytes
 from autopar.core.cluster import Cluster
+from autopar.passes.decision import batch_axes
 from autopar.plan import Plan
 from autopar.planned import Seconds
 from autopar.planner import price_lowered, setting_of
@@ -173,13 +179,19 @@ def points(running: Running, device: torch.device) -> dict[str, Any]:
 
 
 def measured(running: Running, device: torch.device) -> dict[str, Any]:
-    """Everything that is measured of one job, seconds and bytes; bytes of every rank where they may differ."""
+    """Everything that is measured of one job, seconds and bytes; bytes of every rank where they may differ.
+
+    The peak on GPUs is that of all steps: what a recorded step works in shows while it is recorded alone.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(WARMUP):
         running.step()
     steps, hosts = timed(running, device)
+    most = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     told = points(running, device)
     peaks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(peaks, max(value for name, value in told.items() if name.endswith("peak")))
+    dist.all_gather_object(peaks, max(most, *(value for name, value in told.items() if name.endswith("peak"))))
     found: dict[str, Any] = {"steps_s": steps, "host_s": statistics.median(hosts), "points": told, "peak_bytes": peaks}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
@@ -198,9 +210,10 @@ def row(name: str, arguments: argparse.Namespace, cluster: Cluster, device: torc
     found = measured(running, device)
     if dist.get_rank() == 0:
         plan.save(arguments.out / f"plan-{arguments.links}-{name.replace('/', '_').replace(':', '-')}.json")
+    took = time.perf_counter() - start
+    plain = predicted(by_roofline(plan, running, cluster)) if dist.get_rank() == 0 and not plan.stages else None
     return {"mesh": "x".join(map(str, plan.mesh)), "status": plan.status, "measured": found,
-            "predicted": predicted(plan), "roofline": predicted(by_roofline(plan, running, cluster)),
-            "took_s": time.perf_counter() - start}
+            "predicted": predicted(plan), "roofline": plain, "took_s": took}
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
@@ -224,12 +237,18 @@ def measured_or_not(name: str, arguments: argparse.Namespace, cluster: Cluster, 
 
 
 def by_roofline(plan: Plan, running: Running, cluster: Cluster) -> Plan:
-    """The same plan as it would be priced if nothing of it had been measured."""
-    plain = dataclasses.replace(plan, observed=())
-    executable = next(iter(running.model._batches.known.values()))
-    priced = price_lowered(executable.decision, setting_of(plain, cluster))[0]
-    return dataclasses.replace(plain, seconds=Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed,
-                                                      priced.optimizer))
+    """The same plan as it would be priced if nothing of it had been measured, its bytes by liveness."""
+    decision = next(iter(running.model._batches.known.values())).decision
+    plain = dataclasses.replace(plan, observed=(), observed_peak=0.0)
+    setting = setting_of(plain, cluster)
+    priced = price_lowered(decision, setting)[0]
+    executable = build(Target(decision, offline(decision.mesh), setting.price, torch.device("meta"),
+                              input_specs(decision, batch_axes(decision)), sums="outside"))
+    kind = next(running.model.parameters()).device.type
+    prints = (compiled_footprints if kind == "cuda" else eager_footprints)(executable, kind)
+    return dataclasses.replace(plain, observed_peak=step_bytes(executable, prints, setting.optimizer.state_bytes).peak,
+                               seconds=Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed,
+                                               priced.optimizer))
 
 
 def known(path: Path) -> set[str]:
@@ -313,7 +332,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seconds", type=float, default=450.0, help="begin no job after so many")
     parser.add_argument("--cluster", help="a preset or a file, in place of what is measured")
-    parser.add_argument("--compiler", choices=("inductor", "eager"))
+    parser.add_argument("--compiler", choices=COMPILERS)
     parser.add_argument("--costs", choices=("measured", "roofline"))
     parser.add_argument("--precision", default="bf16-mixed")
     arguments = parser.parse_args(words)
