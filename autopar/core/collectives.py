@@ -81,12 +81,15 @@ def inner_pricer(pricer: Pricer) -> Pricer:
 
 
 def stage_link(network: Network, pairs: tuple[tuple[int, int], ...]) -> tuple[float, float]:
-    """Seconds, and seconds a byte, of the slowest of messages that go from each first to each second device at once."""
+    """Seconds, and seconds a byte, of the slowest of messages that go from each first to each second device at once.
+
+    They share the uplinks of the hosts that they leave and of those that they come to.
+    """
     if not pairs:
         return 0.0, 0.0
-    leaving = Counter(network.hosts[a] for a, b in pairs if network.hosts[a] != network.hosts[b])
-    shared = (leaving[network.hosts[a]] / network.uplink_bytes_per_s[network.hosts[a]] for a, b in pairs
-              if network.hosts[a] != network.hosts[b])
+    ends = [(network.hosts[a], network.hosts[b]) for a, b in pairs if network.hosts[a] != network.hosts[b]]
+    busy = [Counter(host for host, _ in ends), Counter(host for _, host in ends)]
+    shared = (count / network.uplink_bytes_per_s[host] for each in busy for host, count in each.items())
     return (max(network.latency(a, b) for a, b in pairs),
             max(itertools.chain((1.0 / network.bandwidth(a, b) for a, b in pairs), shared)))
 
