@@ -15,6 +15,7 @@ from autopar.codegen.offers import Offer, digest, gathered, grown_to
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule, not_pickled
 from autopar.core.errors import AutoparError
+from autopar.passes.containers import make_known
 from autopar.programs import Order, compiled
 from autopar.stepping import follow
 
@@ -46,6 +47,7 @@ class DeferredModule(nn.Module):
         tensors: list[Tensor] = []
 
         def offer() -> Offer:
+            make_known((args, kwargs))
             leaves = pytree.tree_leaves((args, kwargs))
             tensors[:] = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
             rest = [(x.shape[0] == rows_of(tensors), *x.shape[1:]) for x in tensors]

@@ -18,7 +18,7 @@ from torch.utils.data import DistributedSampler
 from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
 from autopar.codegen.executable import Executable, seeds_of
-from autopar.codegen.first_order import first_order
+from autopar.codegen.first_order import first_order, no_backward
 from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
 from autopar.codegen.offers import meet
 from autopar.codegen.outputs import output_of
@@ -31,8 +31,8 @@ from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
 from autopar.passes.strategies import Storage, storage_dims
 
-Travels = tuple[tuple[int, ...], bool]
-"""The axes that parameters are gathered over, and whether they are kept for the backward."""
+Travels = tuple[tuple[int, ...], bool, torch.dtype]
+"""The axes that parameters are gathered over, whether they are kept for the backward, and their dtype."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +134,8 @@ class ParallelModule(nn.Module):
         self._steps += self.training
         if dist.get_world_size() > 1:
             values = {node: first_order(value) for node, value in values.items()}
+        if torch.is_grad_enabled() and not self.training and any(p.requires_grad for p in self.parameters()):
+            values = {node: no_backward(value) for node, value in values.items()}
         return output_of(bound.executable, values, self._site.mesh)
 
     def _reshard(self) -> None:
@@ -330,7 +332,7 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
     owner = _owners(decision)
     members: dict[str, dict[Travels, dict[str, nn.Parameter]]] = {}
     for name, parameter in parameters.items():
-        travels = stored[name].storage.gathered, stored[name].storage.kept
+        travels = stored[name].storage.gathered, stored[name].storage.kept, parameter.dtype
         members.setdefault(owner.get(name, ""), {}).setdefault(travels, {})[name] = parameter
     groups = {key: {way: ParameterGroup(held) for way, held in sets.items()} for key, sets in members.items()}
     shared = groups.pop("", {})
@@ -345,14 +347,14 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
 
 def _wrap_all(body: Body, groups: list[tuple[Travels, ParameterGroup]], stored: dict[str, Stored],
               decision: Decision, site: Site) -> None:
-    gathered = [group for (axes, _), group in groups if axes]
+    gathered = [group for (axes, *_), group in groups if axes]
     if not gathered:
         return
     precision = decision.context.segmented.factored.program.precision
     dtype = COMPUTE_DTYPE[precision] if precision.endswith("-mixed") else None
     for group in gathered:
         wrap(group, {n: stored[n] for n in group.names}, decision.mesh, site.mesh, dtype, set())
-    rest = {p for (axes, _), group in groups if not axes for p in group.parameters()}
+    rest = {p for (axes, *_), group in groups if not axes for p in group.parameters()}
     wrap(body, {}, decision.mesh, site.mesh, dtype, rest)
 
 
