@@ -63,6 +63,9 @@ class Functionalize:
     def __call__(self, program: Program) -> Program:
         current: dict[fx.Node, fx.Node] = {}
         for node in list(program.graph.nodes):
+            if node.op == "call_function" and isinstance(node.kwargs.get("out"), fx.Node):
+                _write_out(node)
+        for node in list(program.graph.nodes):
             for old in node.all_input_nodes:
                 if old in current:
                     node.replace_input_with(old, _latest(old, current))
@@ -174,6 +177,19 @@ def _write(node: fx.Node, program: Program, current: dict[fx.Node, fx.Node]) -> 
     _check_written(node, _detached_from(root), program)
     current[root] = view
     _refresh_views(root, view, current)
+
+
+def _write_out(node: fx.Node) -> None:
+    """`div.out(x, y, out=buffer)` as a value, which is then copied to where it was to be written."""
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "out"}
+    wanted = [argument.name for argument in node.target._schema.arguments if argument.name != "out"]  # type: ignore[union-attr]
+    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    value = emit(node, next(each for each in overloads if [a.name for a in each._schema.arguments] == wanted),
+                 *node.args, **kwargs)
+    emit(node, aten.copy_.default, node.kwargs["out"], value)
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
 
 
 def _detached_from(node: fx.Node) -> fx.Node:

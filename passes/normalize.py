@@ -21,7 +21,7 @@ SAME_STORAGE = {aten.alias.default, aten.detach_.default, aten.lift_fresh.defaul
 COPIES = {aten.lift_fresh_copy.default}
 CASTS = {aten.to.dtype_layout, aten.to.dtype, aten.to.device, aten.to.other, aten.type_as.default}
 COPYING_CASTS = {aten._to_copy.default}
-SPARSE = {aten.embedding.default: 4, aten.embedding_bag.default: 5}
+SPARSE: dict[Any, int] = {aten.embedding.default: 4, aten.embedding_bag.default: 5}
 """Where it stands whether gradients are sparse, which parameters that are cut can't have."""
 DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
