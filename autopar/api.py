@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from autopar import launch
-from autopar.arguments import one_of, read_budget, read_cluster, read_mesh, read_pins, read_plan
+from autopar.arguments import one_of, read_budget, read_cluster, read_counts, read_mesh, read_pins, read_plan
 from autopar.codegen.batches import BatchKind
 from autopar.codegen.compiled import COMPILERS, Compiler, compiler_for
 from autopar.codegen.ranks import check_alike, together
@@ -21,14 +21,15 @@ from autopar.deferred import DeferredModule
 from autopar.hush import hushed
 from autopar.material import Material, read_material
 from autopar.passes.blame import check_call
-from autopar.passes.capture import COMPUTE_DTYPE, Precision, Returns, Stored, capture
+from autopar.passes.capture import COMPUTE_DTYPE, Head, Precision, Returns, Stored, capture
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.decision import Context
 from autopar.passes.lookups import checked
 from autopar.passes.modes import MODES
 from autopar.plain import check_plain
 from autopar.plan import Plan
-from autopar.planner import Request, check_shapes, prepare
+from autopar.planner import Request, check_shapes, prepare, with_stages
+from autopar.profiling import Costs
 from autopar.programs import Call, LossFn, Order, candidates, compiled, solve_best
 from autopar.solver.model import SOLVERS
 
@@ -43,28 +44,34 @@ _WORDS: dict[str, Iterable[str]] = {"mode": MODES, "optimizer": OPTIMIZERS, "sol
 def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs, loss_fn: LossFn | None = None,
          mode: str = "auto", mesh: MeshLike | None = None, memory_budget: float | str | None = None,
          optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
-         returns: Returns = "loss", pins: Mapping[str, str] | None = None, keep_shapes: bool = False) -> Plan:
+         returns: Returns = "loss", pins: Mapping[str, str] | None = None, keep_shapes: bool = False,
+         head: Head = "auto", pp: int | None = None, dp: int | None = None, tp: int | None = None,
+         micro_batches: int | None = None) -> Plan:
     """The best plan for training `model` on `cluster`, without running anything.
 
     `cluster` is a Cluster, the text of a preset or the path of a file; None is what this machine has. `inputs` are a
     tuple of positional or a dict of keyword arguments with the global batch's shapes. `mesh` is (4, 2) or "4x2";
     `memory_budget` is what a device may hold, bytes or "20GiB". `pins` fix ops to strategies, both as plans print them:
     `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. `returns="all"` plans for outputs besides the loss. `keep_shapes` lets
-    parameters rest in the model's own shapes, which optimizers need that look at rows and columns. A plan made before
-    is read again. Raises AutoparError.
+    parameters rest in the model's own shapes, which optimizers need that look at rows and columns. `head` tells whether
+    a linear layer and its cross entropy go in chunks of rows, so that there are never all logits: "auto" where that is
+    predicted to be quicker, "chunked" wherever it can be, "plain" nowhere. `pp` fixes the
+    number of a pipeline's stages, `micro_batches` that of a step, `dp` and `tp` the axes of a stage's mesh that cut
+    batch and parameters. A plan made before is read again. Raises AutoparError.
     """
     check_plain(model, loss_fn)
     one_of("returns", returns, get_args(Returns))
+    one_of("head", head, get_args(Head))
     request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
-                       solver=solver, pins=pins)
+                       solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches))
     call = _call(model, inputs, loss_fn)
     place = _place(cluster, request)
 
     def annotated(given: Call) -> Context:
         with hushed():
             program = replace(capture(model, given, precision, loss_fn, returns),
-                              stored=STORED[bool(keep_shapes)])
-        return checked(prepare(program))
+                              stored=STORED[bool(keep_shapes)], head=head)
+        return checked(prepare(program, place))
 
     return solve_best(candidates(call, place, annotated), place, request)
 
@@ -75,7 +82,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
             returns: Returns = "loss", pins: Mapping[str, str] | None = None, compiler: Compiler | None = None,
             init: str | os.PathLike[str] | None = None, keep_shapes: bool = False,
-            exact_dropout: bool | None = None) -> nn.Module:
+            exact_dropout: bool | None = None, head: Head = "auto", costs: Costs | None = None, pp: int | None = None,
+            dp: int | None = None, tp: int | None = None, micro_batches: int | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
@@ -84,12 +92,15 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     positional argument of a call. `returns="all"` keeps outputs besides the loss, as DTensors that lie as the plan
     leaves them; with a `loss_fn` the model then returns (loss, output). A `plan`, or the path of one that rank 0 can
     read, skips solving. `compiler` is "inductor", which compiles each class of equal segments once, in the first step,
-    or "eager", which runs them as they are, for debugging; the default is "inductor" on GPUs that Triton knows and
-    "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model that was built
-    under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a folder of them, or
-    one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all dropout draws the
-    same mask under every plan; without it, the default on GPUs, that inside of attention is left to the fused kernel,
-    which is faster and draws another on each rank. All else is as in `autopar.plan`. Raises
+    and on GPUs records the third step and replays it as a CUDA graph from then on, "inductor-no-graphs", which does
+    not record, or "eager", which runs segments as they are, for debugging; the default is "inductor" on GPUs that
+    Triton knows and "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model
+    that was built under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a
+    folder of them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all
+    dropout draws the same mask under every plan; without it, the default on GPUs, that inside of attention is left to
+    the fused kernel, which is faster and draws another on each rank. `costs` is what computing is taken to
+    last: "measured", the default on GPUs, runs each segment that a plan would run once and plans again with that,
+    "roofline" goes by the cluster's figures. All else is as in `autopar.plan`. Raises
     AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None, Material]:
@@ -97,15 +108,23 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             one_of("batch", batch, get_args(BatchKind))
         if compiler is not None:
             one_of("compiler", compiler, COMPILERS)
-        decided = [name for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins)) if value]
+        if costs is not None:
+            one_of("costs", costs, get_args(Costs))
+        decided = [name for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins),
+                                            ("pp", pp), ("dp", dp), ("tp", tp), ("micro_batches", micro_batches))
+                   if value]
         if plan is not None and decided:
             raise AutoparError(f"a plan is given, which decides all, and {', '.join(decided)}, which are for making "
                                "one; give one of them")
         one_of("returns", returns, get_args(Returns))
+        one_of("head", head, get_args(Head))
         check_plain(model, loss_fn)
         material = read_material(init, model)
         request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
-                           solver=solver, pins=pins)
+                           solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches))
+        if inputs is None and with_stages(request):
+            raise AutoparError(f"mode {request.mode} with stages wants to know the batch beforehand: a rank holds the "
+                               "parameters of its stage alone; give inputs= to autopar.compile")
         return request, None if inputs is None else _call(model, inputs, loss_fn), material
 
     def ordered() -> Order:
@@ -116,7 +135,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
         return Order(place, request, precision, loss_fn, read, batch, returns,
                      compiler_for(launch.device(), compiler), material, STORED[bool(keep_shapes)],
-                     "by element" if exact_dropout or launch.device().type == "cpu" else "by kernel")
+                     "by element" if exact_dropout or launch.device().type == "cpu" else "by kernel", head,
+                     costs or ("measured" if launch.device().type == "cuda" else "roofline"))
 
     request, call, material = together(asked)  # by each rank alone where they have not met yet
     launch.init()
@@ -131,7 +151,8 @@ def _told(model: nn.Module, order: Order) -> dict[str, str]:
     asked = order.request
     words = {"the model": type(model).__name__, "mode": asked.mode, "mesh": asked.mesh, "optimizer": asked.optimizer,
              "precision": order.precision, "returns": order.returns, "batch": order.batch, "compiler": order.compiler,
-             "the loss_fn": "absent" if order.loss_fn is None else "given", "the stored shape": order.stored}
+             "the loss_fn": "absent" if order.loss_fn is None else "given", "the stored shape": order.stored,
+             "costs": order.costs}
     parameters = {f"parameter {name}": f"{tuple(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'},"
                   for name, p in model.named_parameters()}
     return {word: str(value) for word, value in words.items()} | parameters
@@ -156,8 +177,9 @@ def _request(model: nn.Module, precision: Precision, **asked: Any) -> Request:
     one_of("precision", precision, COMPUTE_DTYPE)
     mode, optimizer, solver = (one_of(name, asked[name], known) for name, known in _WORDS.items())
     mesh, budget, pins = (asked[name] for name in ("mesh", "memory_budget", "pins"))
-    return Request(type(model).__name__, mode, None if mesh is None else read_mesh(mesh), optimizer,
-                   None if budget is None else read_budget(budget), solver, () if pins is None else read_pins(pins))
+    stages, inner, parts = read_counts(asked["counts"], None if mesh is None else read_mesh(mesh))
+    return Request(type(model).__name__, mode, inner, optimizer, None if budget is None else read_budget(budget),
+                   solver, () if pins is None else read_pins(pins), stages=stages, micro_batches=parts)
 
 
 def _place(cluster: ClusterLike | None, request: Request) -> Cluster:

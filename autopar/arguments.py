@@ -57,6 +57,21 @@ def read_mesh(given: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
+def read_counts(counts: tuple[Any, Any, Any, Any],
+                mesh: tuple[int, ...] | None) -> tuple[int | None, tuple[int, ...] | None, int | None]:
+    """Stages, the mesh of a stage and micro-batches, of which None are to be found, from `counts`: pp, dp, tp and
+    micro_batches. Raises AutoparError."""
+    pp, dp, tp, micro_batches = counts
+    for name, value in zip(("pp", "dp", "tp", "micro_batches"), counts, strict=True):
+        if value is not None and not (_is(value, Integral) and value > 0):
+            raise AutoparError(f"{name} is {told(value)}, needed is a whole number above 0")
+    if mesh is not None and (dp or tp):
+        raise AutoparError(f"mesh is {'x'.join(map(str, mesh))}, and dp or tp is given too, which are a mesh; give one "
+                           "of them")
+    inner = mesh if dp is None and tp is None else (int(dp or 1), int(tp)) if tp else (int(dp),)
+    return None if pp is None else int(pp), inner, None if micro_batches is None else int(micro_batches)
+
+
 def read_budget(given: Any) -> float:
     """Bytes, from a number of them or a text such as 20GiB. Raises AutoparError for anything else."""
     amount: Any = parse_bytes(given) if isinstance(given, str) else given

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import torch
 
-from autopar.codegen.executable import build, input_specs, offline
+from autopar.codegen.arrivals import input_specs
+from autopar.codegen.executable import build, offline
 from autopar.codegen.lower import Target
 from autopar.codegen.source.program import Title, program_text
 from autopar.core.cluster import Cluster
+from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 from autopar.passes.capture import Program
 from autopar.passes.decision import Context, batch_axes
 from autopar.plan import Plan
-from autopar.planner import annotated, check_origin, decision_of, setting_of
+from autopar.planner import annotated, check_one_stage, check_origin, decision_of, setting_of
 
 
 def text_of(plan: Plan, program: Program | Context, cluster: Cluster, path: str) -> str:
@@ -22,9 +24,13 @@ def text_of(plan: Plan, program: Program | Context, cluster: Cluster, path: str)
 
     Raises AutoparError when the plan is for another model or cluster.
     """
-    ctx = annotated(program)
+    ctx = annotated(program, plan)
     check_origin(plan, ctx, cluster)
+    check_one_stage(plan, "written as a program")
     decision, setting = decision_of(plan, ctx), setting_of(plan, cluster)
+    if decision.kept:
+        raise AutoparError("the plan recomputes to stay within its budget, and written programs keep all that their "
+                           "backward needs; plan with a larger memory_budget to write it")
     executable = build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta"),
                               input_specs(decision, batch_axes(decision))))
     return program_text(executable, Title(_title(plan), Path(path).name))

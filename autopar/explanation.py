@@ -16,7 +16,7 @@ from autopar.passes.notation import op_called, strategy_text
 from autopar.passes.problem import Problem, build
 from autopar.passes.strategies import Assignment
 from autopar.plan import GIB, Plan
-from autopar.planner import annotated, check_origin, decision_of, setting_of
+from autopar.planner import annotated, check_one_stage, check_origin, decision_of, setting_of
 
 Choice = TypeVar("Choice")
 
@@ -67,8 +67,9 @@ def explain(plan: Plan, program: Program | Context, cluster: Cluster, op: str) -
 
     Raises AutoparError for an unknown op, or a plan for another model or cluster.
     """
-    ctx = annotated(program)
+    ctx = annotated(program, plan)
     check_origin(plan, ctx, cluster)
+    check_one_stage(plan, "explained op by op")
     index = op_called(ctx, op)
     problem = build(ctx, setting_of(plan, cluster))
     chosen = choices_of(problem, decision_of(plan, ctx))

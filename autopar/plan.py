@@ -13,13 +13,27 @@ from typing import Any
 
 from autopar.core.errors import AutoparError
 from autopar.core.files import entries, entry, typed, write_whole
+from autopar.core.observed import Observed, observed_from_json
 from autopar.core.presets import MOST_DEVICES
 from autopar.core.reading import check_path, read_as
+from autopar.core.schedules import Pipe, check_schedule
 from autopar.difference import Difference, changes
 from autopar.listing import listing
-from autopar.planned import SECONDS, Bytes, PlannedOp, PlannedParameter, Seconds, Workload, check_finite
+from autopar.planned import (
+    ALONE,
+    SECONDS,
+    Bytes,
+    Pipelining,
+    PlannedCheckpoint,
+    PlannedOp,
+    PlannedParameter,
+    PlannedStage,
+    Seconds,
+    Workload,
+    check_finite,
+)
 
-FORMAT = "autopar plan 3"
+FORMAT = "autopar plan 4"
 WORDS = ("model", "program_key", "cluster", "cluster_key", "mode", "precision", "optimizer", "status", "attention")
 FIGURES = ("gap", "step_time_s", "compute_s", "inline_s", "exposed_s", "optimizer_s", "bubble_s", "communication_s",
            "samples_per_s", "tokens_per_s", "mfu", "samples", "tokens", "flop", "peak_flops_per_s", "nodes", "edges",
@@ -30,7 +44,10 @@ GIB = 2.0**30
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A decision with its claims. `gap` is the fraction by which it may miss the optimum of its mode and mesh."""
+    """A decision with its claims. `gap` is the fraction by which it may miss the optimum of its mode and mesh.
+
+    `observed` is what was measured of its segments, none where seconds are the roofline's.
+    """
 
     model: str
     program_key: str
@@ -53,6 +70,9 @@ class Plan:
     solve_s: float
     workload: Workload
     peak_flops_per_s: float
+    observed: tuple[Observed, ...] = ()
+    pipelining: Pipelining = ALONE
+    checkpoints: tuple[PlannedCheckpoint, ...] = ()
 
     def __post_init__(self) -> None:
         check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
@@ -64,10 +84,31 @@ class Plan:
             name, times = next(iter(Counter(each.name for each in planned).most_common(1)), ("", 0))
             if times > 1:
                 raise AutoparError(f"{kind} {name} is planned {times} times, needed is once: make the plan again")
+        check_stages(self.pipelining, self.mesh)
         for op in self.ops:
             if len(op.assignment) != len(self.mesh):
                 raise AutoparError(f"'assignment' of op {op.name} is {list(op.assignment)}, needed is an entry for "
                                    f"each of the {len(self.mesh)} axes: make the plan again")
+
+    @property
+    def stages(self) -> tuple[PlannedStage, ...]:
+        """The stages of a pipeline, none without one."""
+        return self.pipelining.stages
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches a step, 1 without a pipeline."""
+        return self.pipelining.micro_batches
+
+    @property
+    def schedule(self) -> str:
+        """The order in which stages run micro-batches."""
+        return self.pipelining.schedule
+
+    @property
+    def devices(self) -> int:
+        """How many devices it runs on."""
+        return math.prod(self.mesh) * max(1, len(self.pipelining.places))
 
     @property
     def step_time_s(self) -> float:
@@ -141,8 +182,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain lists and numbers; the keys are attributes."""
-        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)] for name in ("ops", "parameters")}
-        told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops")}
+        rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)]
+                for name in ("ops", "parameters", "stages", "observed", "checkpoints")}
+        told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops",
+                                                    "micro_batches", "schedule")}
         plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **told, **rows}))
         return plain
 
@@ -158,11 +201,14 @@ class Plan:
                               entry(op, "strategy", str)) for op in entries(data, "ops", dict))
         parameters = tuple(PlannedParameter(*(entry(p, name, str) for name in ("name", "storage", "spec")))
                            for p in entries(data, "parameters", dict))
+        checkpoints = tuple(map(_checkpoint, entries(data, "checkpoints", dict))) if "checkpoints" in data else ()
         seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
+        observed = tuple(map(observed_from_json, entries(data, "observed", dict) if "observed" in data else ()))
         held = entry(data, "memory_bytes", dict)
         memory = Bytes(*(entry(held, f.name, float) for f in dataclasses.fields(Bytes)))
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
-                   ops=ops, parameters=parameters, fallback_ops=entries(data, "fallback_ops", str))
+                   ops=ops, parameters=parameters, observed=observed, fallback_ops=entries(data, "fallback_ops", str),
+                   pipelining=_pipelining(data), checkpoints=checkpoints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -189,6 +235,14 @@ class Plan:
         """What each alternative for the op called `op` would have cost; see `autopar.explain`."""
         return _when_called("explanation", "explain")(self, program, cluster, op)
 
+    def stage_table(self) -> list[str]:
+        """A line a stage: its segments, seconds a micro-batch, GiB and devices; none without stages."""
+        return [f"stage {j}: {stage.first}" + (f" to {stage.last}, {stage.segments} segments" if stage.segments > 1
+                                               else "")
+                + f"; {1e3 * stage.forward_s:.3f} ms forward, {1e3 * stage.backward_s:.3f} ms backward, "
+                f"{1e3 * stage.sent_s:.3f} ms to send; {stage.nbytes / GIB:.3f} GiB with {stage.in_flight} "
+                f"micro-batches; devices {_ranges(stage.devices)}" for j, stage in enumerate(self.stages)]
+
     def diff(self, other: Plan) -> Difference:
         """Where `other` decides otherwise, and what either comes to."""
         def words(plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -207,7 +261,8 @@ class Plan:
 
     def __str__(self) -> str:
         """One line an op, equal layers once, then the summary."""
-        return f"{listing(self.ops, self.parameters)}\n\n{self.summary()}"
+        kept = "".join(f"\n{checkpoint}" for checkpoint in self.checkpoints)
+        return f"{listing(self.ops, self.parameters)}\n{kept}\n{self.summary()}"
 
     def summary(self) -> str:
         """Mesh, bytes by kind and the predicted step, in a few lines."""
@@ -217,8 +272,11 @@ class Plan:
         split = ", ".join(f"{name} {1e3 * value:.3f}" for name, value in parts.items())
         held = ", ".join(f"{f.name} {getattr(m, f.name) / GIB:.3f}" for f in dataclasses.fields(m))
         at_rest = sorted({p.spec for p in self.parameters})
+        staged = (f"{len(self.stages)} stages, {self.micro_batches} micro-batches by {self.schedule}, each on "
+                  if self.stages else "")
         lines = [
-            f"mesh: {'x'.join(map(str, self.mesh))} of {self.cluster}, mode {self.mode}, {self.precision}, "
+            *self.stage_table(),
+            f"mesh: {staged}{'x'.join(map(str, self.mesh))} of {self.cluster}, mode {self.mode}, {self.precision}, "
             f"{self.optimizer}",
             f"attention: {self.attention}" if self.attention else "",
             f"parameters at rest: {', '.join(at_rest)}",
@@ -234,10 +292,53 @@ def _when_called(module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"autopar.{module}"), name)
 
 
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Devices in a few words, such as `0-3, 8`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def _said(axes: str) -> str:
     """What every axis does, once where all do the same: on meshes of any number of axes alike."""
     first, *rest = axes.split(",")
     return first if all(other == first for other in rest) else axes
+
+
+STAGE = {"first": str, "last": str, "segments": int, "forward_s": float, "backward_s": float, "sent_s": float,
+         "nbytes": float, "in_flight": int}
+
+
+def _pipelining(data: dict[str, Any]) -> Pipelining:
+    stages = tuple(PlannedStage(**{name: entry(each, name, kind) for name, kind in STAGE.items()},
+                                devices=entries(each, "devices", int)) for each in entries(data, "stages", dict))
+    return Pipelining(stages, entry(data, "micro_batches", int), entry(data, "schedule", str))
+
+
+def check_stages(found: Pipelining, mesh: tuple[int, ...]) -> None:
+    """Raises AutoparError unless stages have each device once, as many as the mesh has, and there are micro-batches."""
+    if found.micro_batches < 1:
+        raise AutoparError(f"'micro_batches' is {found.micro_batches}, needed is at least 1: make the plan again")
+    if found.stages:
+        check_schedule(found.schedule, Pipe(len(found.stages), len(found.places), found.micro_batches))
+    every = found.layout
+    wrong = [place for place in found.places if len(place) != math.prod(mesh)]
+    turned = [stage.devices for stage in found.stages] != [found.places[j % len(found.places)]
+                                                           for j in range(len(found.stages))]
+    if wrong or turned or sorted(every) != list(range(len(every))):
+        raise AutoparError(f"'devices' of the stages are {[list(stage.devices) for stage in found.stages]}, needed "
+                           f"are {math.prod(mesh)} a stage, each of 0 to {max(len(every) - 1, 0)} once, over again "
+                           "where there are more stages: make the plan again")
+
+
+def _checkpoint(table: dict[str, Any]) -> PlannedCheckpoint:
+    segments, names, shown = (entries(table, name, str) for name in ("segments", "names", "shown"))
+    saved, transient, seconds = (entry(table, name, float) for name in ("saved", "transient", "seconds"))
+    return PlannedCheckpoint(segments, names, shown, saved, transient, seconds)
 
 
 def _workload(table: dict[str, Any]) -> Workload:

@@ -46,13 +46,21 @@ def solve_or_recall(ctx: Context, cluster: Cluster, request: Request, report: Re
 
 def place(ctx: Context, cluster: Cluster, request: Request) -> Path | None:
     """Where the plan for a request is kept, None for nowhere."""
+    folder = kept_in("plans")
+    if folder is None:
+        return None
+    asked = {**dataclasses.asdict(request), "model": None}
+    made_from = (program_key(ctx), cluster.key(), json.dumps(asked, sort_keys=True), source_key())
+    return folder / f"{hashlib.sha256(' '.join(made_from).encode()).hexdigest()[:16]}.json"
+
+
+def kept_in(part: str) -> Path | None:
+    """The folder of what is kept of a kind, None where nothing is."""
     folder = os.environ.get(FOLDER, "")
     if folder == "off":
         return None
     root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autopar"
-    asked = {**dataclasses.asdict(request), "model": None}
-    made_from = (program_key(ctx), cluster.key(), json.dumps(asked, sort_keys=True), source_key())
-    return root / "plans" / f"{hashlib.sha256(' '.join(made_from).encode()).hexdigest()[:16]}.json"
+    return root / part
 
 
 @cache

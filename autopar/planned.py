@@ -29,6 +29,72 @@ class PlannedParameter:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """Consecutive segments, `first` to `last`, on `devices` in the order of the mesh: seconds of a micro-batch forward
+    and backward there and of bringing it to the next stage, bytes a device, micro-batches kept at once."""
+
+    first: str
+    last: str
+    segments: int
+    devices: tuple[int, ...]
+    forward_s: float
+    backward_s: float
+    sent_s: float
+    nbytes: float
+    in_flight: int
+
+    def __post_init__(self) -> None:
+        check_finite("stage", {name: getattr(self, name) for name in ("forward_s", "backward_s", "sent_s", "nbytes")})
+
+
+@dataclass(frozen=True, slots=True)
+class Pipelining:
+    """How a plan with stages runs: a step's micro-batches, in the order of `schedule`."""
+
+    stages: tuple[PlannedStage, ...] = ()
+    micro_batches: int = 1
+    schedule: str = "1f1b"
+
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """The devices that stages run on, each once: a schedule may put several stages on the same."""
+        return tuple(dict.fromkeys(stage.devices for stage in self.stages))
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """All devices, place by place."""
+        return tuple(device for place in self.places for device in place)
+
+
+ALONE = Pipelining()
+"""What a plan without stages has."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCheckpoint:
+    """What each of `segments`, which are equal, keeps for its backward: `names` as `codegen.marks` calls values,
+    `shown` by ops of the first one. Each holds `saved` bytes, makes the rest again in `seconds`, in `transient` bytes.
+    """
+
+    segments: tuple[str, ...]
+    names: tuple[str, ...]
+    shown: tuple[str, ...]
+    saved: float
+    transient: float
+    seconds: float
+
+    def __post_init__(self) -> None:
+        check_finite("checkpoints", {name: getattr(self, name) for name in ("saved", "transient", "seconds")})
+
+    def __str__(self) -> str:
+        first, last = self.segments[0], self.segments[-1]
+        which = first if first == last else f"{first} to {last}, {len(self.segments)} segments"
+        kept = f"keeps {', '.join(self.shown)}" if self.shown else "keeps its inputs alone"
+        return (f"{which}: {kept}; {self.saved / 2**20:.2f} MiB and {1e3 * self.seconds:.4f} ms of recomputation in "
+                f"{self.transient / 2**20:.2f} MiB each")
+
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
     """A predicted step: the parts add up to `step`. `bubble` is the wait of a pipeline, 0 without one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
@@ -10,19 +11,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from autopar.codegen.executable import build as lower_all
-from autopar.codegen.executable import offline
-from autopar.codegen.lower import Target
-from autopar.codegen.reprice import Memory, reprice
+from autopar import pipelines
+from autopar.budget import best_within, lowered, recomputing
+from autopar.codegen.executable import Executable
+from autopar.codegen.reprice import Memory, reprice, saved_by, tally_calls
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
+from autopar.core.observed import Observed, factors_of
 from autopar.core.sharding import Instance, Priced, Solution
 from autopar.passes.capture import KEPT, Program, Stored
 from autopar.passes.constants import FoldConstants
-from autopar.passes.costs import Optimizer, optimizer_called
+from autopar.passes.costs import Optimizer, optimizer_called, slowest
 from autopar.passes.decision import Context, Decision, context
 from autopar.passes.functional import is_update
+from autopar.passes.heads import ChunkHeads, heads_of, worth
 from autopar.passes.modes import Mode, mode_called
 from autopar.passes.normalize import Normalize
 from autopar.passes.notation import op_text, parameter_text
@@ -31,7 +34,7 @@ from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Plan
-from autopar.planned import Bytes, PlannedOp, PlannedParameter, Seconds
+from autopar.planned import Bytes, PlannedCheckpoint, PlannedOp, PlannedParameter, Seconds
 from autopar.refusals import merged
 from autopar.solver.optimise import Begun, begin, finish, optimise
 from autopar.workload import peak_flops_per_s, workload_of
@@ -43,6 +46,8 @@ TIE = 1e-9
 """The relative difference in seconds below which two meshes are as fast as each other."""
 SOLVE_LIMIT_S = 30.0
 """Seconds for one mesh shape; what is found by then is taken, with its proven gap."""
+UNLIMITED = 2.0**100
+"""Bytes that nothing exceeds."""
 Report = Callable[[str], None]
 
 
@@ -50,7 +55,8 @@ Report = Callable[[str], None]
 class Request:
     """What is asked for. `mesh` None searches shapes; `memory_budget` in bytes, None: the device less a reserve.
 
-    `pins` fix ops to strategies, as texts of a plan.
+    `pins` fix ops to strategies, as texts of a plan; `observed` is what was measured of segments. `stages` and
+    `micro_batches` None are searched by modes that take stages; `mesh` is then that of a stage.
     """
 
     model: str
@@ -60,16 +66,22 @@ class Request:
     memory_budget: float | None = None
     solver: str = "cbc"
     pins: Pins = ()
+    observed: tuple[Observed, ...] = ()
+    stages: int | None = None
+    micro_batches: int | None = None
 
-    def setting(self, cluster: Cluster, shape: tuple[int, ...], pinned: dict[str, Storage] | None = None) -> Setting:
+    def setting(self, cluster: Cluster, shape: tuple[int, ...], pinned: dict[str, Storage] | None = None,
+                stages: int = 1) -> Setting:
         """The setting on one mesh shape. Raises AutoparError for unknown words or a mesh of another size."""
-        if Mesh(shape).size != cluster.size:
-            raise AutoparError(f"mesh {Mesh(shape)} has {Mesh(shape).size} devices, cluster {cluster.name} has "
-                               f"{cluster.size}; choose a mesh whose sizes multiply to {cluster.size}")
+        if Mesh(shape).size * stages != cluster.size:
+            each = "" if stages == 1 else f" in each of {stages} stages"
+            raise AutoparError(f"mesh {Mesh(shape)} has {Mesh(shape).size} devices{each}, cluster {cluster.name} has "
+                               f"{cluster.size}; choose a mesh whose sizes multiply to {cluster.size / stages:g}")
         budget = self.memory_budget
         if budget is None:
             budget = (1 - RESERVE) * min(device.memory_bytes for device in cluster.devices)
-        return Setting(Mesh(shape), cluster, mode_called(self.mode), self.resolved_optimizer, budget, pinned or {})
+        return Setting(Mesh(shape), cluster, mode_called(self.mode), self.resolved_optimizer, budget, pinned or {},
+                       factors=factors_of(self.observed))
 
     @property
     def resolved_optimizer(self) -> Optimizer:
@@ -77,10 +89,16 @@ class Request:
         return optimizer_called(self.optimizer)
 
 
-def prepare(program: Program) -> Context:
-    """Run every pass up to the sharding problem."""
-    folded = FoldConstants()(Normalize()(KEPT[program.returns](program)))
+def prepare(program: Program, cluster: Cluster | None = None) -> Context:
+    """Run every pass up to the sharding problem; what depends on where a program runs is as on `cluster`."""
+    folded = _folded(program)
+    if cluster is not None and worth(folded, slowest(cluster.devices), cluster.size):
+        folded = ChunkHeads()(folded)
     return context(annotate(folded))
+
+
+def _folded(program: Program) -> Program:
+    return FoldConstants()(Normalize()(KEPT[program.returns](program)))
 
 
 def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...]:
@@ -92,6 +110,9 @@ def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...
 
 def check_shapes(request: Request, cluster: Cluster) -> None:
     """Raises AutoparError where what is asked for doesn't fit together, whatever the program."""
+    if with_stages(request):
+        stage_meshes(request, cluster)
+        return
     for shape in shapes_for(request, cluster):
         request.setting(cluster, shape).mode.on(shape)
 
@@ -101,9 +122,138 @@ def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lam
 
     Raises Infeasible when no shape has one, AutoparError when that is for the pins alone.
     """
-    best: tuple[Solution, Problem] | None = None
-    start, least = time.perf_counter(), math.inf
-    for problem, begun in _begun(ctx, cluster, request, report):
+    if with_stages(request):
+        found = _staged(ctx, cluster, request, report, math.inf)
+        assert found is not None
+        return found
+    alone = _of_one_stage(ctx, cluster, request, report)
+    if not may_have_stages(request, cluster):
+        return alone
+    with contextlib.suppress(AutoparError):  # a pipeline is one more way, not a must
+        found = _staged(ctx, cluster, request, report, alone[0].step_time_s)
+        if found is not None:
+            return found
+    return alone
+
+
+def with_stages(request: Request) -> bool:
+    """Whether only plans with stages are asked for."""
+    return mode_called(request.mode).staged or (request.stages or 1) > 1
+
+
+def may_have_stages(request: Request, cluster: Cluster) -> bool:
+    """Whether a plan with stages would do besides one without."""
+    return (request.mode == "auto" and request.stages is None and request.mesh is None and not request.pins
+            and cluster.size > 1)
+
+
+def stage_meshes(request: Request, cluster: Cluster) -> dict[int, tuple[tuple[int, ...], ...]]:
+    """By devices of a stage, the meshes to try. Raises AutoparError when there are none."""
+    mode, size = mode_called(request.mode), cluster.size
+    if request.stages is not None and size % request.stages:
+        raise AutoparError(f"{request.stages} stages do not divide the {size} devices of {cluster.name}; use one of "
+                           f"{', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}")
+    counts = [request.stages] if request.stages else [n for n in range(2, size + 1) if size % n == 0]
+    found = {}
+    for n in (size // stages for stages in counts):
+        shapes = (request.mesh,) if request.mesh else mode.shapes(n)
+        found[n] = tuple(shape for shape in shapes if Mesh(shape).size == n)
+    found = {n: shapes for n, shapes in found.items() if shapes}
+    if not found:
+        mesh = f" on mesh {Mesh(request.mesh)}" if request.mesh else ""
+        raise AutoparError(f"mode {request.mode} wants {mode.wants} in each of its stages{mesh}, {cluster.name} has "
+                           f"{size} devices for {request.stages or 'any number of'} stages; use other stages, another "
+                           "mesh or another mode")
+    for shapes in found.values():
+        for shape in shapes:
+            mode.on(shape)
+    return found
+
+
+def _staged(ctx: Context, cluster: Cluster, request: Request, report: Report,
+            beat: float) -> tuple[Plan, Problem] | None:
+    """The best plan with stages of fewer seconds than `beat`, None without one. Raises AutoparError."""
+    start, meshes = time.perf_counter(), stage_meshes(request, cluster)
+    shapes = pipelines.shapes_to_try(cluster, batch_of(ctx), len(ctx.segmented.segments), meshes, request.micro_batches)
+    if not shapes and math.isinf(beat):
+        raise AutoparError(f"no number of stages and micro-batches fits the batch of {batch_of(ctx)} and the "
+                           f"{len(ctx.segmented.segments)} segments of {request.model} on {cluster.name}; use at most "
+                           f"{len(ctx.segmented.segments)} stages and micro-batches that divide the batch")
+    size, shape = next(iter(meshes.items()))
+    setting = request.setting(cluster, shape[0], stages=cluster.size // size)
+    found, least, told, refusals = pipelines.search(
+        pipelines.MicroContexts(ctx), cluster, shapes, pipelines.Asked(setting, request.solver, SOLVE_LIMIT_S, report),
+        beat)
+    if found is None:
+        if math.isinf(beat):
+            raise refusals[0]
+        return None
+    return pipelined_plan(found, least, told, ctx, request, time.perf_counter() - start), found.problem
+
+
+def pipelined_plan(found: pipelines.Found, least: float, told: list[tuple[str, float]], ctx: Context, request: Request,
+                   spent: float) -> Plan:
+    """The plan of what was found; `ctx` is the program of the whole batch."""
+    setting, assembled = found.problem.setting, found.assembled
+    program = ctx.segmented.factored.program
+    notes = [n.removeprefix("attention: ") for n in program.notes if n.startswith("attention: ")]
+    gap = max(0.0, 1.0 - least / found.seconds)
+    return Plan(
+        request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
+        program.precision, request.optimizer, status_of(gap), gap,
+        pipelines.seconds_of(found.assembly, assembled.taken, found.schedule),
+        pipelines.bytes_of(found.assembly, assembled.taken), planned_ops(found.decision),
+        planned_parameters(found.decision), ", ".join(notes), fallback_ops(ctx), len(found.problem.instance.nodes),
+        edge_count(found.problem.instance), spent, workload_of(ctx),
+        peak_flops_per_s(setting.cluster, program.precision), pipelining=pipelines.pipelining_of(found))
+
+
+def batch_of(ctx: Context) -> int:
+    """The samples of a program's batch."""
+    program = ctx.segmented.factored.program
+    tensors = [n.meta["val"] for n in program.placeholders("input") if isinstance(n.meta.get("val"), torch.Tensor)]
+    return int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
+
+
+def _of_one_stage(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[Plan, Problem]:
+    start = time.perf_counter()
+    found = _sharded(ctx, cluster, request, report)
+    if isinstance(found, Found) and not found.restrained:
+        return _plan(found, request, time.perf_counter() - start), found.problem
+    if not ctx.segmented.factored.program.training:
+        return _plan(settled(found), request, time.perf_counter() - start), settled(found).problem
+    better = _recomputing(ctx, cluster, request, found, report)
+    return _plan(better, request, time.perf_counter() - start), better.problem
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A decided problem, lowered, its seconds, and a proven bound of any decision's; `restrained` where one without the
+    budget may be faster."""
+
+    problem: Problem
+    executable: Executable
+    seconds: float
+    bound: float
+    restrained: bool = False
+
+
+def settled(found: Found | AutoparError) -> Found:
+    """What was found. Raises what was found instead."""
+    if isinstance(found, AutoparError):
+        raise found
+    return found
+
+
+def _sharded(ctx: Context, cluster: Cluster, request: Request, report: Report) -> Found | Infeasible:
+    """The best plan that recomputes nothing, over mesh shapes, or that there is none."""
+    best: tuple[Solution, Problem, Begun] | None = None
+    least = math.inf
+    try:
+        every = _begun(ctx, cluster, request, report)
+    except Infeasible as refusal:
+        return refusal
+    for problem, begun in every:
         beat = best[0].seconds * (1.0 - TIE) if best else math.inf
         solution = finish(begun, beat, request.solver, SOLVE_LIMIT_S)
         if solution is None:
@@ -113,10 +263,39 @@ def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lam
                f"{solution.solve_seconds:.2f} s")
         least = min(least, solution.bound)
         if solution.seconds < beat:
-            best = solution, problem
+            best = solution, problem, begun
     assert best is not None
-    proven = replace(best[0], bound=min(least, best[0].seconds))
-    return _plan(proven, best[1], request, time.perf_counter() - start), best[1]
+    solution, problem, _ = best
+    executable = lowered(problem.decide(solution.choices), problem.setting)
+    restrained = any(begun.bound.prices.byte.any() for _, begun in every) or len(every) < len(
+        shapes_for(request, cluster))
+    return Found(problem, executable, solution.seconds, min(least, solution.seconds), restrained)
+
+
+def _recomputing(ctx: Context, cluster: Cluster, request: Request, known: Found | Infeasible, report: Report) -> Found:
+    """The best plan that may recompute, no slower than the one that is `known`. Raises Infeasible."""
+    best = known if isinstance(known, Found) else None
+    refusals: list[tuple[Mesh, AutoparError]] = []
+    bound = math.inf
+    every = _begun(ctx, cluster, replace(request, memory_budget=UNLIMITED), report)
+    budget = request.setting(cluster, every[0][0].setting.mesh.shape).budget
+    for free, begun in every:
+        bound = min(bound, begun.bound.seconds)
+        if best and begun.bound.seconds >= best.seconds * (1.0 - TIE):
+            continue
+        problem = replace(free, setting=replace(free.setting, budget=budget),
+                          instance=replace(free.instance, budget=budget))
+        try:
+            made = best_within(problem, request.solver, best.seconds if best else math.inf, SOLVE_LIMIT_S)
+        except Infeasible as refusal:
+            refusals.append((problem.setting.mesh, refusal))
+            continue
+        if made is not None:
+            report(f"mesh {problem.setting.mesh}: {1e3 * made.priced.seconds:.3f} ms a step with recomputation")
+            best = Found(problem, made.executable, made.priced.seconds, bound)
+    if best is None:
+        raise merged(refusals, request.pins, budget)
+    return replace(best, bound=min(bound, best.seconds))
 
 
 def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> list[tuple[Problem, Begun]]:
@@ -138,22 +317,24 @@ def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> 
     return sorted(found, key=lambda each: each[1].bound.seconds)
 
 
-def _plan(solution: Solution, problem: Problem, request: Request, spent: float) -> Plan:
-    decision = problem.decide(solution.choices)
-    ctx, setting = problem.context, problem.setting
-    priced, memory = price_lowered(decision, setting)
-    if abs(priced.seconds - solution.seconds) > AGREEMENT * solution.seconds:
-        raise AssertionError(f"the solver claims {solution.seconds} s, the lowered program costs {priced.seconds} s")
+def _plan(found: Found, request: Request, spent: float) -> Plan:
+    executable, problem = found.executable, found.problem
+    decision, ctx, setting = executable.decision, problem.context, problem.setting
+    priced, memory = reprice(executable, setting)
+    if abs(priced.seconds - found.seconds) > AGREEMENT * found.seconds:
+        raise AssertionError(f"the solver claims {found.seconds} s, the lowered program costs {priced.seconds} s")
+    gap = 0.0 if found.seconds <= found.bound else (found.seconds - found.bound) / found.seconds
     program = ctx.segmented.factored.program
     notes = [n.removeprefix("attention: ") for n in program.notes if n.startswith("attention: ")]
     return Plan(
         request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
-        program.precision, request.optimizer, status_of(solution.gap), solution.gap,
+        program.precision, request.optimizer, status_of(gap), gap,
         Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed, priced.optimizer),
         Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient),
         planned_ops(decision), planned_parameters(decision), ", ".join(notes), fallback_ops(ctx),
         len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
-        peak_flops_per_s(setting.cluster, program.precision))
+        peak_flops_per_s(setting.cluster, program.precision), request.observed,
+        checkpoints=planned_checkpoints(executable, setting))
 
 
 def status_of(gap: float) -> str:
@@ -183,6 +364,27 @@ def planned_parameters(decision: Decision) -> tuple[PlannedParameter, ...]:
                  for node, storage in decision.storage.items())
 
 
+def planned_checkpoints(executable: Executable, setting: Setting) -> tuple[PlannedCheckpoint, ...]:
+    """What each segment keeps where the plan decides it, equal ones in a row together."""
+    decision = executable.decision
+    if not decision.kept:
+        return ()
+    held = saved_by(executable, setting, tally_calls(executable, setting))
+    found: list[PlannedCheckpoint] = []
+    for call, each in zip(executable.calls, held, strict=True):
+        kept = decision.kept[call.segment.name]
+        ops = [decision.context.segmented.ops[i].name for i in call.segment.ops]
+        numbers = dict.fromkeys(int(name.partition(".")[0]) for name in kept if name[0].isdigit())
+        new = PlannedCheckpoint((call.segment.name,), kept, tuple(ops[i] for i in numbers), each.saved, each.transient,
+                                each.seconds)
+        last = found[-1] if found else None
+        if last and (last.names, last.saved, last.seconds) == (new.names, new.saved, new.seconds):
+            found[-1] = replace(last, segments=(*last.segments, call.segment.name))
+        else:
+            found.append(new)
+    return tuple(found)
+
+
 def fallback_ops(ctx: Context) -> tuple[str, ...]:
     """The ops that run replicated because no rule says how to shard them."""
     program = ctx.segmented.factored.program
@@ -192,8 +394,7 @@ def fallback_ops(ctx: Context) -> tuple[str, ...]:
 
 def price_lowered(decision: Decision, setting: Setting) -> tuple[Priced, Memory]:
     """Lower for one device without connecting to others, and price what comes out."""
-    target = Target(decision, offline(setting.mesh), setting.price, torch.device("meta"))
-    return reprice(lower_all(target), setting)
+    return reprice(lowered(decision, setting), setting)
 
 
 KEY_OF: dict[Stored, str] = {"by factor": "", "plain": " plain"}
@@ -222,7 +423,10 @@ def decision_of(plan: Plan, ctx: Context) -> Decision:
     mesh = Mesh(plan.mesh)
     _check_space(ctx, mesh, planned, stored)
     storage = {node: stored[name] for name, node in parameters.items()}
-    return Decision(ctx, mesh, tuple(planned[name] for name in names), storage)
+    kept = {segment: each.names for each in plan.checkpoints for segment in each.segments}
+    if kept:
+        _same("segments", [segment.name for segment in ctx.segmented.segments], kept)
+    return Decision(ctx, mesh, tuple(planned[name] for name in names), storage, kept)
 
 
 def _check_space(ctx: Context, mesh: Mesh, planned: dict[str, Assignment], stored: dict[str, Storage]) -> None:
@@ -261,14 +465,33 @@ def check_origin(plan: Plan, ctx: Context, cluster: Cluster) -> None:
                            "the model, its input shapes or its precision differ: plan again")
 
 
+def check_one_stage(plan: Plan, what: str) -> None:
+    """Raises AutoparError for a plan with stages, which can't be `what` yet."""
+    if plan.stages:
+        raise AutoparError(f"the plan has {len(plan.stages)} stages, and only plans without stages can be {what}; plan "
+                           "in a mode without stages, such as zero2")
+
+
 def setting_of(plan: Plan, cluster: Cluster) -> Setting:
     """The setting a plan was made for, with the budget that a device has by default."""
-    return Request(plan.model, plan.mode, plan.mesh, plan.optimizer).setting(cluster, plan.mesh)
+    stages = max(1, len(plan.pipelining.places))
+    asked = Request(plan.model, plan.mode, plan.mesh, plan.optimizer, observed=plan.observed)
+    setting = asked.setting(cluster, plan.mesh, stages=stages)
+    if not plan.stages:
+        return setting
+    shape = pipelines.Shape(stages, plan.micro_batches, plan.mesh)
+    return pipelines.staged_setting(setting, shape, plan.pipelining.layout)
 
 
-def annotated(program: Program | Context) -> Context:
-    """A captured program, ready to be planned; one that is already stays as it is."""
-    return prepare(program) if isinstance(program, Program) else program
+def annotated(program: Program | Context, plan: Plan) -> Context:
+    """A captured program, its heads in chunks where `plan` has them so; one that is annotated stays as it is."""
+    if not isinstance(program, Program):
+        return program
+    folded = _folded(program)
+    plain = context(annotate(folded))
+    if plan.program_key == program_key(plain) or not heads_of(folded):
+        return plain
+    return context(annotate(ChunkHeads()(folded)))
 
 
 def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[float, float]:
@@ -276,17 +499,25 @@ def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[fl
 
     Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
     """
-    ctx = annotated(program)
+    ctx = annotated(program, plan)
     check_origin(plan, ctx, cluster)
     setting = setting_of(plan, cluster)
-    priced, memory = price_lowered(decision_of(plan, ctx), setting)
-    claims = (("seconds", plan.seconds.step, priced.seconds), ("bytes", plan.memory.total, memory.total),
+    seconds, nbytes = _recomputed(plan, ctx, setting)
+    claims = (("seconds", plan.seconds.step, seconds), ("bytes", plan.memory.total, nbytes),
               ("FLOP", plan.workload.flop, workload_of(ctx).flop))
     for what, claimed, found in claims:
         if abs(claimed - found) > AGREEMENT * abs(found):
             raise AutoparError(f"the plan claims {claimed:.9g} {what}, its lowered program comes to {found:.9g}; it "
                                "was edited or made by another version: plan again")
-    return priced.seconds, memory.total
+    return seconds, nbytes
+
+
+def _recomputed(plan: Plan, ctx: Context, setting: Setting) -> tuple[float, float]:
+    if not plan.stages:
+        priced, memory = price_lowered(decision_of(plan, ctx), setting)
+        return priced.seconds, memory.total
+    small, _ = pipelines.MicroContexts(ctx).of(plan.micro_batches)
+    return pipelines.recomputed(plan.pipelining, decision_of(plan, small), setting)
 
 
 def evaluation_storage(decision: Decision) -> dict[str, Storage]:
@@ -295,16 +526,17 @@ def evaluation_storage(decision: Decision) -> dict[str, Storage]:
     return {sources[n.name].name: storage for n, storage in decision.storage.items()}
 
 
-def solve_pinned(ctx: Context, cluster: Cluster, request: Request, shape: tuple[int, ...],
-                 stored: dict[str, Storage]) -> Decision:
-    """The best decision for a program whose parameters rest as another's plan says."""
+def solve_pinned(ctx: Context, setting: Setting, request: Request, stored: dict[str, Storage],
+                 recompute: bool = False) -> Decision:
+    """The best decision for a program whose parameters rest as another's plan says, within the budget if it is to
+    `recompute`. Raises Infeasible."""
     sources = ctx.segmented.factored.program.sources
-    whole = Storage(("R",) * len(shape))
+    whole = Storage(("R",) * len(setting.mesh.shape))
     pinned = {n.name: stored.get(sources[n.name].name, whole) for n in ctx.parameters()}
-    setting = request.setting(cluster, shape, pinned)
-    relaxed = replace(setting, mode=_relaxed(setting.mode), budget=float("inf"))
+    relaxed = replace(setting, mode=_relaxed(setting.mode), budget=float("inf"), pinned=pinned)
     problem = build(ctx, relaxed)
-    return problem.decide(optimise(problem.instance, request.solver).choices)
+    found = problem.decide(optimise(problem.instance, request.solver).choices)
+    return recomputing(found, setting, request.solver).executable.decision if recompute else found
 
 
 def _relaxed(mode: Mode) -> Mode:

@@ -6,39 +6,48 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopar import launch
+from autopar.codegen.arrivals import input_specs
 from autopar.codegen.batches import Batches, BatchKind, Plans
-from autopar.codegen.calls import form_of
+from autopar.codegen.calls import Form, form_of
 from autopar.codegen.communicator import Axes, Communicator, connect
-from autopar.codegen.compiled import COMPILERS, Compiler
+from autopar.codegen.compiled import BY_STAGE, COMPILERS, RECORDS, Compiler
 from autopar.codegen.control import all_equal
-from autopar.codegen.executable import Executable, build, input_specs
+from autopar.codegen.executable import Executable, build
 from autopar.codegen.lower import Target
 from autopar.codegen.offers import grown_to
 from autopar.codegen.parameters import device_mesh
 from autopar.codegen.ranks import on_rank_zero, together
 from autopar.codegen.runtime import ParallelModule, Site
 from autopar.codegen.site import Draws
+from autopar.codegen.staging import Layout, Staging, device_mesh_of, every_stage, holding_of, line_of
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, CaptureError
 from autopar.core.mesh import Mesh
+from autopar.core.observed import Observed
+from autopar.core.reshard import Price
+from autopar.core.schedules import Schedule
 from autopar.hush import hushed
 from autopar.material import Material
 from autopar.passes.additive import additive
 from autopar.passes.blame import blame
-from autopar.passes.capture import Precision, Returns, Stored, capture, meta_twin
+from autopar.passes.capture import Head, Precision, Returns, Stored, capture, meta_twin
 from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
+from autopar.passes.micro import Micro
+from autopar.passes.problem import Setting
 from autopar.passes.rules.nodes import attention_dropout
+from autopar.pipelines import MicroContexts, Shape, staged_setting
 from autopar.plan import Plan
-from autopar.plan_cache import solve_or_recall
+from autopar.plan_cache import kept_in, solve_or_recall
 from autopar.planner import Report, Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
+from autopar.profiling import Bench, Costs, profiled
 from autopar.stepping import follow
 
 log = logging.getLogger("autopar")
@@ -62,21 +71,23 @@ class Order:
     material: Material
     stored: Stored = "by factor"
     draws: Draws = "by element"
+    head: Head = "auto"
+    costs: Costs = "roofline"
 
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     """Capture on every rank, plan on rank 0, lower and shard on every rank. Raises AutoparError on all of them."""
     programs = together(lambda: Programs(_twin(model), call, order))
     made, ctx = programs.first(model.training)
-    mesh = Mesh(made.mesh)
-    site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device())
-    decision = decision_of(made, ctx)
-    programs.settle(decision, site.communicator)
-    ways = _ways(decision, order.batch)
-    plans = Plans(programs.executable, ctx.segmented.factored.program, mesh, ways,
-                  batch_axes(decision) if batch_axes(decision) in ways else (), additive(ctx),
-                  form_of(model, order.loss_fn), programs.twin)
-    module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
+    if made.stages:
+        module = _pipelined(model, made, ctx, programs, order)
+    else:
+        mesh = Mesh(made.mesh)
+        site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device(), RECORDS[order.compiler])
+        decision = decision_of(made, ctx)
+        programs.settle(decision, site.communicator)
+        plans = _plans(programs, ctx, mesh, decision, form_of(model, order.loss_fn))
+        module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
     module.plan = made
     follow(module, model)
     if order.draws == "by kernel" and any(_drops(node) for node in ctx.segmented.factored.program.graph.nodes):
@@ -85,15 +96,41 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     return module
 
 
+def _plans(programs: Programs, ctx: Context, mesh: Mesh, decision: Decision, form: Form, grain: int = 1) -> Plans:
+    """Where executables come from; `mesh` holds all ranks, those of the decision's axes first."""
+    ways = _ways(batch_axes(decision), tuple(mesh.axes), programs.kind)
+    return Plans(programs.executable, ctx.segmented.factored.program, mesh, ways,
+                 batch_axes(decision) if batch_axes(decision) in ways else (), additive(ctx), form, programs.twin,
+                 grain)
+
+
+def _pipelined(model: nn.Module, made: Plan, ctx: Context, programs: Programs, order: Order) -> ParallelModule:
+    """The module of a plan with stages."""
+    if order.returns != "loss":
+        raise AutoparError("a pipeline returns its loss alone, other outputs are on its last stage, a micro-batch "
+                           "each; leave returns=\"all\" out, or use a mode without stages")
+    layout = Layout(tuple(stage.first for stage in made.stages), made.mesh, made.pipelining.places, made.micro_batches,
+                    cast(Schedule, made.schedule))
+    small, cut = programs.micros(ctx).of(made.micro_batches)
+    decision = decision_of(made, small)
+    line = line_of(layout, launch.device())
+    site = Site(line.inside, device_mesh_of(layout, launch.device().type), launch.device())
+    programs.settle(decision, site.communicator, Staging(layout, line), cut)
+    stages = every_stage(build(Target(decision, site.communicator, programs.price, launch.device())), layout)
+    grain = made.micro_batches * made.devices
+    plans = _plans(programs, ctx, layout.whole, decision, form_of(model, order.loss_fn), grain)
+    return ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device),
+                          holding_of(model, stages, layout, line))
+
+
 def _drops(node: fx.Node) -> bool:
     attends = node.target is torch.ops.aten.scaled_dot_product_attention.default
     return attends and attention_dropout(node) > 0.0
 
 
-def _ways(decision: Decision, kind: BatchKind | None) -> tuple[Axes, ...]:
+def _ways(cut: Axes, every: Axes, kind: BatchKind | None) -> tuple[Axes, ...]:
     """Along which axes ranks may bring different samples: none, those that cut the batch, all."""
-    every = tuple(decision.mesh.axes)
-    parts = (batch_axes(decision), every)
+    parts = (cut, every)
     return {"global": ((),), "local": tuple(dict.fromkeys(parts)), None: tuple(dict.fromkeys(((), *parts)))}[kind]
 
 
@@ -112,6 +149,10 @@ class Programs:
         self._first: list[Decision] = []
         self._decisions: dict[tuple[bool, tuple[Any, ...]], Decision] = {}
         self._communicator: Communicator | None = None
+        self._staging: Staging | None = None
+        self._cuts: dict[tuple[bool, tuple[Any, ...]], Micro] = {}
+        self._micros: dict[int, MicroContexts] = {}
+        self.kind = order.batch
 
     def first(self, training: bool) -> tuple[Plan, Context]:
         """Rank 0's plan, and the program it is for: of the call, or of one with samples added where that is better.
@@ -127,18 +168,53 @@ class Programs:
 
         def make() -> str:
             found = order.plan or solve_best(programs, order.cluster, order.request, log.info)
-            return json.dumps(found.to_json())
+            return json.dumps({"given": order.plan is not None, "plan": found.to_json()})
 
-        found = Plan.from_json(json.loads(on_rank_zero(make)))
+        told = json.loads(on_rank_zero(make))
+        found = Plan.from_json(told["plan"])
         chosen, self._call = programs.get(found.program_key, programs[asked])
         together(lambda: check_fits(found, chosen, order))
+        if order.costs == "measured" and not told["given"] and not found.stages:
+            bench = Bench(order.cluster, launch.device(), order.compiler, order.draws, kept_in("segments"))
+            found = profiled(found, chosen, bench, lambda observed: self._again(chosen, observed))
         return found, chosen
 
-    def settle(self, decision: Decision, communicator: Communicator) -> None:
-        """Take the decision that was made first; parameters rest as it has them."""
-        self._first, self._communicator = [decision], communicator
+    def _again(self, ctx: Context, observed: tuple[Observed, ...]) -> Plan:
+        """Rank 0's plan given what was measured of segments; collective."""
+        request = replace(self._order.request, observed=observed)
+
+        def make() -> str:
+            return json.dumps(solve_or_recall(ctx, self._order.cluster, request, log.info).to_json())
+
+        return Plan.from_json(json.loads(on_rank_zero(make)))
+
+    def settle(self, decision: Decision, communicator: Communicator, staging: Staging | None = None,
+               cut: Micro | None = None) -> None:
+        """Take the decision that was made first; parameters rest as it has them. Of a plan with stages it is that of a
+        micro-batch, which `cut` is."""
+        self._first, self._communicator, self._staging = [decision], communicator, staging
         training = decision.context.segmented.factored.program.training
         self._decisions[training, _shapes(self._call)] = decision
+        if cut is not None:
+            self._cuts[training, _shapes(self._call)] = cut
+
+    def micros(self, ctx: Context) -> MicroContexts:
+        """The programs of micro-batches of a whole batch's."""
+        return self._micros.setdefault(id(ctx), MicroContexts(ctx))
+
+    @property
+    def price(self) -> Price:
+        """Seconds of a collective, as the plan counts them."""
+        return self._setting(self._first[0].mesh.shape).price
+
+    def _setting(self, shape: tuple[int, ...]) -> Setting:
+        """The setting of the plan's stages, or of its only one."""
+        layout = self._staging.layout if self._staging else None
+        stages = len(layout.places) if layout else 1
+        setting = self._order.request.setting(self._order.cluster, shape, stages=stages)
+        if layout is None:
+            return setting
+        return staged_setting(setting, Shape(stages, layout.micro_batches, shape), layout.devices)
 
     def _context(self, training: bool, call: Call) -> Context:
         """The annotated program. Raises AutoparError on all ranks."""
@@ -146,7 +222,8 @@ class Programs:
             model = self.twin.train(training)
             with hushed():
                 program = capture(model, call, self._order.precision, self._order.loss_fn, self._order.returns)
-            return checked(prepare(replace(program, stored=self._order.stored)))
+            program = replace(program, stored=self._order.stored, head=self._order.head)
+            return checked(prepare(program, self._order.cluster))
         return together(annotated)
 
     def _decision(self, training: bool, call: Call) -> Decision:
@@ -155,25 +232,33 @@ class Programs:
         if key not in self._decisions:
             mesh, stored = self._first[0].mesh, evaluation_storage(self._first[0])
             ctx = self._context(training, call)
+            if self._staging is not None:
+                parts = self._staging.layout.micro_batches
+                ctx, self._cuts[key] = together(lambda: self.micros(ctx).of(parts))
+            recompute = training and bool(self._first[0].kept)
 
             def make() -> str:
-                found = solve_pinned(ctx, self._order.cluster, self._order.request, mesh.shape, stored)
-                return json.dumps(found.assignments)
+                found = solve_pinned(ctx, self._setting(mesh.shape), self._order.request, stored, recompute)
+                return json.dumps([found.assignments, found.kept])
 
-            assigned = tuple(tuple(a) for a in json.loads(on_rank_zero(make)))
+            assignments, kept = json.loads(on_rank_zero(make))
             sources = ctx.segmented.factored.program.sources
             storage = {n: stored[sources[n.name].name] for n in ctx.parameters()}
-            self._decisions[key] = Decision(ctx, mesh, assigned, storage)
+            self._decisions[key] = Decision(ctx, mesh, tuple(map(tuple, assignments)), storage,
+                                            {segment: tuple(names) for segment, names in kept.items()})
         return self._decisions[key]
 
     def executable(self, training: bool, call: Call, axes: Axes) -> Executable:
         """The lowered program for a mode and a batch whose samples differ between ranks along `axes`."""
         decision = self._decision(training, call)
         assert self._communicator is not None
-        price = self._order.cluster.pricer(decision.mesh)
-        target = Target(decision, self._communicator, price, launch.device(), input_specs(decision, axes),
-                        self._order.draws)
-        return together(lambda: COMPILERS[self._order.compiler](build(target)))
+        inner = tuple(axis for axis in axes if axis < len(decision.mesh.shape))
+        target = Target(decision, self._communicator, self.price, launch.device(), input_specs(decision, inner),
+                        self._order.draws, "outside")
+        if self._staging is None:
+            return together(lambda: COMPILERS[self._order.compiler](build(target)))
+        staged = self._staging.staged(build(target), self._cuts[training, _shapes(call)], axes)
+        return together(lambda: staged.compiled(BY_STAGE[self._order.compiler]))  # type: ignore[return-value]
 
 
 def _shapes(call: Call) -> tuple[Any, ...]:
@@ -225,9 +310,9 @@ def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
     if plan.precision != order.precision:
         raise AutoparError(f"the plan is for precision {plan.precision}, this is {order.precision}; pass precision="
                            f"{plan.precision!r}, or plan again")
-    if plan.cluster_key != cluster.key() or Mesh(plan.mesh).size != cluster.size:
+    if plan.cluster_key != cluster.key() or plan.devices != cluster.size:
         raise AutoparError(f"the plan is for mesh {Mesh(plan.mesh)} of {plan.cluster} ({plan.cluster_key}), this is "
                            f"{cluster} ({cluster.key()}); plan again for this one")
     if plan.program_key != key:
         raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {key} of "
-                           f"{order.request.model}; the model or the shapes of its inputs differ: plan again")
+                           f"{order.request.model}; the model, the shapes of its inputs or head= differ: plan again")

@@ -1,4 +1,4 @@
-"""Training as experts write it by hand, for comparison: DDP, FSDP2 and tensor parallelism, blocks compiled."""
+"""Training as experts write it by hand, for comparison: DDP, FSDP2 and pipelines, blocks compiled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hand_pipeline import pipeline
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -94,4 +95,6 @@ WAYS = {way.name: way for way in (
     *(Way(f"{name} {backend}", make, _kernel(backend)) for backend in BACKENDS for name, make in (
         ("zero2", fsdp(False)), ("zero3", fsdp(True)), ("zero3 recompute", fsdp(True, recompute=True)),
         ("hsdp2", fsdp(False, hosts=2)))),
+    *(Way(f"pp{stages} m{parts} {backend}", pipeline(stages, parts), _kernel(backend)) for backend in BACKENDS
+      for stages in (2, 4) for parts in (4, 8, 16, 32)),
 )}

@@ -160,7 +160,8 @@ def automatic(work: Work, arguments: argparse.Namespace, device: torch.device) -
     world = dist.get_world_size()
     inputs = {name: torch.empty((value.shape[0] * world, *value.shape[1:]), dtype=value.dtype, device="meta")
               for name, value in batch.items()}
-    extra = {"cluster": arguments.cluster} if arguments.cluster else {}
+    extra: dict[str, Any] = {"cluster": arguments.cluster} if arguments.cluster else {}
+    extra |= {name: getattr(arguments, name) for name in ("pp", "micro_batches") if getattr(arguments, name)}
     call = {"inputs": tuple(inputs.values()), "loss_fn": nn.functional.cross_entropy} if work.seq is None else {
         "inputs": inputs}
     made: Any = autopar.compile(model, batch="local", mode=arguments.mode, compiler=arguments.compiler, **call, **extra)
@@ -220,7 +221,7 @@ def compare(name: str, arguments: argparse.Namespace, device: torch.device) -> N
     torch.cuda.reset_peak_memory_stats()
     seconds(own, WARMUP)
     say(f"{name} on {dist.get_world_size()}, {arguments.links}: autopar {arguments.mode} mesh "
-        f"{'x'.join(map(str, plan.mesh))} ready in {time.perf_counter() - start:.0f} s, predicted "
+        f"{'x'.join(map(str, plan.mesh))}{_staged(plan)} ready in {time.perf_counter() - start:.0f} s, predicted "
         f"{1e3 * plan.step_time_s:.1f} ms, {plan.memory_bytes['peak'] / GIB:.1f} GiB")
     if not arguments.ways:
         report(name, "alone", told(work, seconds(own, ROUNDS * STEPS), torch.cuda.max_memory_allocated(), flop), None,
@@ -243,6 +244,14 @@ def compare(name: str, arguments: argparse.Namespace, device: torch.device) -> N
         other = None  # type: ignore[assignment]
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _staged(plan: Any) -> str:
+    """The stages of a plan that has some."""
+    if not plan.stages:
+        return ""
+    cut = ", ".join(f"{stage.segments} on {'+'.join(map(str, stage.devices))}" for stage in plan.stages)
+    return f", {len(plan.stages)} stages ({cut}), {plan.micro_batches} micro-batches by {plan.schedule},"
 
 
 def report(name: str, way: str, own: Timed, other: Timed | None, arguments: argparse.Namespace) -> None:
@@ -268,6 +277,9 @@ def main() -> None:
                         choices=WAYS)
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--compiler", default="inductor")
+    parser.add_argument("--pp", type=int, help="stages of autopar's plan")
+    parser.add_argument("--micro-batches", type=int, help="micro-batches of autopar's plan")
+    parser.add_argument("--measure", action="store_true", help="plan for the links as they are measured first")
     parser.add_argument("--cluster", help="a preset or a file, in place of what is found")
     parser.add_argument("--links", default="nvlink", choices=LINKS)
     parser.add_argument("--out", type=Path)
@@ -277,6 +289,8 @@ def main() -> None:
         os.environ[key] = value.format(half=f"host{2 * rank // world}", odd=f"host{rank % 2}")
     autopar.init()
     device = torch.device("cuda", torch.cuda.current_device())
+    if arguments.measure:
+        arguments.cluster = autopar.Cluster.measure(f"{arguments.links} of {world}")
     say(f"{world} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
     for name in arguments.work:
         try:

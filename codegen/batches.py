@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -49,7 +50,8 @@ class Plans:
 
     `program` is what was compiled, `ways` the axes along which ranks may bring different samples, `cut` those of them
     along which the plan wants them so; `adds` tells which inputs mark samples that count for nothing; `like` is the
-    plain model without values.
+    plain model without values. A batch of
+    another size is filled up to a multiple of the ranks and of `grain`.
     """
 
     make: Callable[[bool, Any, Axes], Executable]
@@ -60,6 +62,7 @@ class Plans:
     adds: Additive
     form: Form
     like: nn.Module
+    grain: int = 1
 
 
 @dataclass(eq=False)
@@ -126,7 +129,7 @@ class Batches:
     def _rows(self, planned: Batched, leaves: list[Any], offers: list[Offer], axes: Axes) -> int:
         """The samples of the program to run: one that is known, with samples added where some may be, else a new one.
         """
-        devices, obstacle = self.plans.mesh.size, self.plans.adds.obstacle
+        devices, obstacle = math.lcm(self.plans.mesh.size, self.plans.grain), self.plans.adds.obstacle
         parts, brought = self.plans.mesh.extent(axes), [offer.rows for offer in offers]
         most, known = max(brought) * parts, self.sizes.setdefault(planned.rest(leaves), set())
         if obstacle and len(set(brought)) > 1:
@@ -137,9 +140,9 @@ class Batches:
         if rows not in known:
             self._tell(f"inputs of shapes {list(_shapes(leaves))} on a rank come for the first time: planning for a "
                        f"batch of {rows} such samples, parameters as they lie")
-        if sum(brought) * parts != rows * devices:
-            self._tell(f"a batch of {sum(brought) * parts // devices} samples runs as one of {rows}, filled up with "
-                       "samples that count for nothing")
+        if sum(brought) * parts != rows * self.plans.mesh.size:
+            self._tell(f"a batch of {sum(brought) * parts // self.plans.mesh.size} samples runs as one of {rows}, "
+                       "filled up with samples that count for nothing")
         known.add(rows)
         return rows
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,13 +20,18 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from autopar.codegen import private
-from autopar.codegen.executable import Executable
+from autopar.codegen.executable import Call, Executable
+from autopar.codegen.joint import Cut
 from autopar.codegen.lower import Lowered
+from autopar.codegen.marks import marked
 from autopar.codegen.ranks import together
+from autopar.codegen.replay import Launches
 from autopar.core.errors import AutoparError
 
 log = logging.getLogger("autopar")
-Compiler = Literal["inductor", "eager"]
+Meet = Callable[[Callable[[], None]], None]
+"""Runs what may raise, on all ranks that compile the same."""
+Compiler = Literal["inductor", "inductor-no-graphs", "eager"]
 
 
 @dataclass(eq=False)
@@ -47,10 +52,11 @@ class Progress:
 class CompiledSegment:
     """Runs a lowered segment compiled by Inductor, forward and backward, at its first call."""
 
-    def __init__(self, lowered: Lowered, progress: Progress) -> None:
-        self.name, self.compilations = lowered.segment.name, 0
+    def __init__(self, lowered: Lowered, progress: Progress, cut: Cut | None = None, meet: Meet = together) -> None:
+        self.name, self.compilations, self._ranks, self._cut = lowered.segment.name, 0, meet, cut
         self._progress, self._met, self._first = progress, set[bool](), False
-        self._run = torch.compile(lowered.module.forward, backend=self._compile, fullgraph=True, dynamic=False)
+        module = lowered.module if cut is None else marked(lowered)
+        self._run = torch.compile(module.forward, backend=self._compile, fullgraph=True, dynamic=False)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What the lowered module returns. Raises AutoparError where it can't be compiled.
@@ -75,7 +81,7 @@ class CompiledSegment:
     def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
         try:
-            made = private.inductor(graph, inputs)
+            made = private.inductor(graph, inputs, self._cut)
         except Exception as error:
             self._meet(self._refusal(error))
             raise
@@ -87,7 +93,7 @@ class CompiledSegment:
         if self._first:
             self._first = False
             self._met.add(torch.is_grad_enabled())
-            together(partial(_raise, refusal))
+            self._ranks(partial(_raise, refusal))
 
     def _told(self, error: Exception) -> Exception:
         """What to raise for what came of a call."""
@@ -112,16 +118,63 @@ def _raise(refusal: Exception | None) -> None:
         raise refusal
 
 
-def by_class(executable: Executable) -> Executable:
-    """The executable with every distinct lowered segment compiled when it is first called."""
-    distinct = {id(call.lowered): call.lowered for call in executable.calls}
-    progress = Progress(len(distinct))
-    made = {key: CompiledSegment(lowered, progress) for key, lowered in distinct.items()}
-    return replace(executable, calls=tuple(replace(call, run=made[id(call.lowered)]) for call in executable.calls))
+class CutSegment:
+    """Runs a lowered segment op by op, and keeps for its backward what `cut` says.
+
+    It is traced once for each way that its arguments lie in memory; with gradients off it runs as it is.
+    """
+
+    def __init__(self, lowered: Lowered, cut: Cut) -> None:
+        self._plain, self._module, self._cut = lowered.module, marked(lowered), cut
+        self._known: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the lowered module returns."""
+        if not torch.is_grad_enabled():
+            plain: tuple[Tensor, ...] = self._plain(*inputs)
+            return plain
+        lie = tuple((x.shape, x.stride(), x.requires_grad) for x in inputs)
+        if lie not in self._known:
+            self._known[lie] = private.partitioned(self._module.forward, self._cut)
+        return self._known[lie](*inputs)
 
 
-COMPILERS: dict[Compiler, Callable[[Executable], Executable]] = {"inductor": by_class, "eager": lambda plain: plain}
+def by_class(executable: Executable, meet: Meet = together) -> Executable:
+    """The executable with every distinct lowered segment compiled when it is first called, where ranks `meet`, once for
+    each set of values that it is to keep."""
+    progress = Progress(len(_distinct(executable)))
+    return _with(executable, {key: CompiledSegment(lowered, progress, None if key[1] is None else Cut(key[1]), meet)
+                              for key, lowered in _distinct(executable).items()})
+
+
+def as_it_is(executable: Executable) -> Executable:
+    """The executable run op by op; what is kept for its backward is autograd's own choice where the plan has none."""
+    return _with(executable, {key: lowered.module if key[1] is None else CutSegment(lowered, Cut(key[1]))
+                              for key, lowered in _distinct(executable).items()})
+
+
+def _key(executable: Executable, call: Call) -> tuple[int, tuple[str, ...] | None]:
+    """What calls that run the same code have in common."""
+    return id(call.lowered), executable.decision.kept.get(call.segment.name)
+
+
+def _distinct(executable: Executable) -> dict[tuple[int, tuple[str, ...] | None], Lowered]:
+    return {_key(executable, call): call.lowered for call in executable.calls}
+
+
+def _with(executable: Executable, made: Mapping[Any, Callable[..., tuple[Tensor, ...]]]) -> Executable:
+    calls = (replace(call, run=made[_key(executable, call)]) for call in executable.calls)
+    return replace(executable, calls=tuple(calls))
+
+
+COMPILERS: dict[Compiler, Callable[[Executable], Executable]] = {
+    "inductor": by_class, "inductor-no-graphs": by_class, "eager": as_it_is}
 """By name, what a compiler makes of an executable."""
+BY_STAGE: dict[Compiler, Callable[[Executable], Executable]] = {
+    name: partial(by_class, meet=lambda act: act()) if name != "eager" else plain for name, plain in COMPILERS.items()}
+"""The same for stages, whose segments other ranks do not compile: one that can't ends them all."""
+RECORDS: dict[Compiler, Launches] = {"inductor": "recorded", "inductor-no-graphs": "each", "eager": "each"}
+"""By name, how steps are launched on GPUs."""
 
 
 def compiler_for(device: torch.device, asked: Compiler | None) -> Compiler:
@@ -131,7 +184,7 @@ def compiler_for(device: torch.device, asked: Compiler | None) -> Compiler:
     the default there is "eager".
     """
     usable = device.type != "cuda" or private.triton_is_usable()
-    if asked == "inductor" and not usable:
-        raise AutoparError(f"compiler=\"inductor\" needs Triton for {device}, and finds none "
+    if asked in ("inductor", "inductor-no-graphs") and not usable:
+        raise AutoparError(f"compiler=\"{asked}\" needs Triton for {device}, and finds none "
                            "that is usable; install triton, or pass compiler=\"eager\"")
     return asked or ("inductor" if device.type == "cuda" and usable else "eager")

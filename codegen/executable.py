@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autopar.codegen.communicator import Axes, Communicator, Group
+from autopar.codegen.communicator import Communicator, Group
 from autopar.codegen.lower import Lowered, Target, lower
-from autopar.codegen.offers import batched
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
 from autopar.passes.decision import Decision
@@ -38,11 +37,16 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Executable:
-    """The calls of a program in order. `freed[i]` are the values no call after i reads."""
+    """The calls of a program in order. `freed[i]` are the values no call after i reads.
+
+    Of a part of a program `results` are the values it brings, and `first` is the number of its first call.
+    """
 
     target: Target
     calls: tuple[Call, ...]
     freed: tuple[tuple[fx.Node, ...], ...]
+    results: tuple[fx.Node, ...] | None = None
+    first: int = 0
 
     @property
     def decision(self) -> Decision:
@@ -64,6 +68,8 @@ class Executable:
     @property
     def outputs(self) -> list[fx.Node]:
         """The values the program returns: those behind what is whole, and what is left as it lies."""
+        if self.results is not None:
+            return list(self.results)
         factored = self.decision.context.segmented.factored
         return [*(factored.base(o)[0] for o in factored.program.whole_outputs()), *factored.program.lying_outputs()]
 
@@ -143,12 +149,16 @@ def batch_spec(rank: int, axes: tuple[int, ...]) -> Spec:
     return Spec((axes, *((),) * (rank - 1)))
 
 
-def input_specs(decision: Decision, axes: Axes) -> dict[fx.Node, Spec]:
-    """Every input that has the samples, cut along them over `axes`."""
-    placeholders = decision.context.segmented.factored.program.placeholders("input")
-    samples = batched(placeholders)
-    cut = [n for n, shape in zip(placeholders, samples.shapes, strict=True) if samples.has(shape)]
-    return {n: batch_spec(decision.context.rank(n), axes) for n in cut} if axes else {}
+def seeds_for(executable: Executable, seed: tuple[int, int], device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
+    """What each call takes behind its externals, of a base and a step: a seed, and one in host memory where it asks.
+    """
+    first, count = executable.first, executable.first + len(executable.calls)
+    seeds: tuple[tuple[Tensor, ...], ...] = tuple((one,) for one in seeds_of(*seed, count, device)[first:])
+    if any(each.lowered.host_seeded for each in executable.calls):
+        on_host = seeds_of(*seed, count, torch.device("cpu"))[first:]
+        seeds = tuple((*one, other) if each.lowered.host_seeded else one
+                      for one, other, each in zip(seeds, on_host, executable.calls, strict=True))
+    return seeds
 
 
 def seeds_of(base: int, step: int, segments: int, device: torch.device) -> tuple[Tensor, ...]:

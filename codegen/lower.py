@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
 from autopar.codegen.collectives import ReduceGradients, Reshard
-from autopar.codegen.communicator import Communicator
+from autopar.codegen.communicator import Axes, Communicator
 from autopar.codegen.site import Draws, Site
 from autopar.codegen.substitute import substitute
 from autopar.core.reshard import Price, cheapest_path
@@ -30,25 +30,28 @@ from autopar.passes.ops import Op, OpOperand
 from autopar.passes.segments import Segment
 
 aten = torch.ops.aten
+Sums = Literal["inside", "outside"]
 
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
     """One segment on one device: `module` maps its externals and a seed to the values `exports`, in order.
 
-    `host_seeded` ones take a seed in host memory besides, last.
+    `host_seeded` ones take a seed in host memory besides, last. `sums` are for each external the axes over which its
+    gradient is still to be summed.
     """
 
     segment: Segment
     module: fx.GraphModule
     exports: tuple[fx.Node, ...]
     host_seeded: bool = False
+    sums: tuple[Axes, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """For what is lowered: the decision, this rank's groups, the price that chose the paths, the device, and how
-    attention draws its dropout."""
+    """For what is lowered: the decision, this rank's groups, the price that chose the paths, the device, how attention
+    draws its dropout, and who sums the gradients of replicated parameters: the segment, or whoever runs it."""
 
     decision: Decision
     communicator: Communicator
@@ -56,6 +59,7 @@ class Target:
     device: torch.device
     inputs: dict[fx.Node, Spec] = field(default_factory=dict)
     draws: Draws = "by element"
+    sums: Sums = "inside"
 
 
 def lower(segment: Segment, exports: tuple[fx.Node, ...], target: Target) -> Lowered:
@@ -74,6 +78,7 @@ class _Lowering:
         self.graph = fx.Graph()
         self.sources: dict[fx.Node, Spec] = {}
         self.made: dict[tuple[fx.Node, Spec | None], fx.Node] = {}
+        self.outside: dict[fx.Node, Axes] = {}
         ops = (self.context.segmented.ops[index] for index in segment.ops)
         self.place = {node: i for i, node in enumerate(node for op in ops for node in op.nodes)}
 
@@ -96,7 +101,8 @@ class _Lowering:
             self.graph.erase_node(self.seeds["host_seed"])
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, self.segment.name)
-        return Lowered(self.segment, module, exports, host_seeded)
+        sums = tuple(self.outside.get(node, ()) for node in self.segment.externals)
+        return Lowered(self.segment, module, exports, host_seeded, sums)
 
     def _external_spec(self, node: fx.Node) -> Spec:
         if node in self.decision.storage:
@@ -118,7 +124,10 @@ class _Lowering:
     # Parameters
 
     def _receive_parameters(self) -> None:
-        """Sum gradients of replicated parameters in one bucket a set of axes, then cast to the compute dtype."""
+        """Sum gradients of replicated parameters in one bucket a set of axes, then cast to the compute dtype.
+
+        Sums that are left to whoever runs the segment are over the same axes for all uses of a parameter here.
+        """
         buckets: dict[tuple[int, ...], list[tuple[fx.Node, Spec]]] = {}
         wanted: dict[fx.Node, dict[Spec, None]] = {}
         for index in self.segment.ops:
@@ -130,11 +139,13 @@ class _Lowering:
                     wanted.setdefault(base, {})[spec] = None
         for node, specs in wanted.items():
             start = self.sources[node]
-            for spec in specs:
-                axes = replicated_axes(start, spec)
-                buckets.setdefault(axes, [])
-                if (node, with_summed(start, axes)) not in buckets[axes]:
-                    buckets[axes].append((node, with_summed(start, axes)))
+            summed = {replicated_axes(start, spec) for spec in specs}
+            if self.target.sums == "outside" and len(summed) == 1:
+                (self.outside[node],) = summed
+            for axes in (replicated_axes(start, spec) for spec in specs):
+                bucket = buckets.setdefault(() if node in self.outside else axes, [])
+                if (node, with_summed(start, axes)) not in bucket:
+                    bucket.append((node, with_summed(start, axes)))
         for axes, members in buckets.items():
             self._receive_bucket(axes, members)
 
@@ -240,6 +251,7 @@ class _Lowering:
             args, kwargs = self._localize(node, args, kwargs, spec)
             emitted = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         emitted.meta["op"], emitted.meta["origin"] = index, node
+        emitted.meta["part"] = next((k for k, result in enumerate(op.results) if result.node is node), None)
         return emitted
 
     def _spec_of(self, node: fx.Node, op: Op, index: int) -> Spec:

@@ -42,6 +42,12 @@ class Stored:
             return Replicate()
         return Shard(next(d for d, dim in enumerate(self.dims) if state in dim))
 
+    def used_shape(self, mesh: Mesh) -> Shape:
+        """The local shape it is used in, gathered where it is."""
+        cut = [axis for axis in mesh.axes if isinstance(self.storage.states[axis], int)]
+        return tuple(size // mesh.extent(tuple(a for a in cut if self.placement(a) == Shard(dim)))
+                     for dim, size in enumerate(self.stored_shape))
+
     def gather_dim(self, mesh: Mesh) -> int:
         """The stored dim that is sharded over the gathered axes."""
         found = gather_dim(self.dims, self.sizes, self.storage, mesh)

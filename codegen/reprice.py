@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from autopar.codegen.arrivals import arrivals
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.executable import Call, Executable
+from autopar.codegen.marks import names
+from autopar.codegen.retained import Rates, Retained, fuses, retained
+from autopar.core.checkpoint import keep
 from autopar.core.reshard import MOVES_DATA, Primitive
 from autopar.core.sharding import Priced, Sums
-from autopar.core.spec import Spec
-from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.choices import compute_dtype
 from autopar.passes.costs import work_of
 from autopar.passes.decision import Decision
 from autopar.passes.exchanges import Exchange, exchange_seconds
 from autopar.passes.gathering import latency_share, shared_seconds
-from autopar.passes.layout import itemsize, local_factors, local_shape, whole_bytes
+from autopar.passes.layout import itemsize, local_factors, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.ops import Op
 from autopar.passes.problem import Setting
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +52,36 @@ class Memory:
 
 
 @dataclass(slots=True)
-class _Phase:
-    work: float = 0.0
+class Phase:
+    """Seconds of one phase of a call: what its ops compute, what they send inside, and communication around them."""
+
+    compute: float = 0.0
+    talk: float = 0.0
     inline: float = 0.0
     hidden: float = 0.0
+    again: float = 0.0
+
+    @property
+    def sums(self) -> Sums:
+        """As `core.sharding` adds them up."""
+        return Sums(self.compute + self.talk, self.inline, self.hidden)
 
 
 @dataclass(slots=True)
-class _Tally:
-    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies."""
+class Tally:
+    """What one call comes to; `working` are the bytes of its largest op, `share` that of a parameter in latencies.
+
+    Of the seconds of parameters' communication `once` are those that a step takes once however many micro-batches it
+    has, `again` in a phase those that each takes; `made` are the seconds of making what `marks` names.
+    """
 
     share: float
-    forward: _Phase = field(default_factory=_Phase)
-    backward: _Phase = field(default_factory=_Phase)
+    forward: Phase = field(default_factory=Phase)
+    backward: Phase = field(default_factory=Phase)
     saved: float = 0.0
     working: float = 0.0
+    once: float = 0.0
+    made: dict[str, float] = field(default_factory=dict)
 
 
 class Shapes(fx.Interpreter):
@@ -87,66 +106,106 @@ class Shapes(fx.Interpreter):
 
 def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
     """Seconds a step and bytes a device of a lowered program."""
-    cache: dict[int, _Tally] = {}
     compute = inline = exposed = 0.0
-    tallies = []
-    for call in executable.calls:
-        if id(call.lowered) not in cache:
-            cache[id(call.lowered)] = _tally(call, executable.decision, setting)
-        tally = cache[id(call.lowered)]
-        tallies.append(tally)
-        for phase in (tally.forward, tally.backward):
-            compute += phase.work
-            inline += phase.inline
-            exposed += Sums(phase.work, phase.inline, phase.hidden).exposed
-    memory = _fullest(executable, setting, tallies)
+    tallies = tally_calls(executable, setting)
+    kept = saved_by(executable, setting, tallies)
+    for tally, each in zip(tallies, kept, strict=True):
+        for sums in (tally.forward.sums, _with_more(tally.backward.sums, each.seconds)):
+            compute, inline, exposed = compute + sums.work, inline + sums.inline, exposed + sums.exposed
+    memory = _fullest(executable, setting, tallies, kept)
     return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
 
 
-def _tally(call: Call, decision: Decision, setting: Setting) -> _Tally:
-    lowered = call.lowered
+def _with_more(sums: Sums, seconds: float) -> Sums:
+    return replace(sums, work=sums.work + seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one call holds from its forward to its backward in bytes, makes again in seconds, and holds meanwhile."""
+
+    saved: float
+    seconds: float = 0.0
+    transient: float = 0.0
+
+
+def saved_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> list[Held]:
+    """What each call holds: what the plan keeps, a value that crosses segments once, or else all results."""
+    kept = executable.decision.kept
+    if not kept:
+        return [Held(tally.saved) for tally in tallies]
+    found, seen = [], set[object]()
+    needs = retained_by(executable, setting, tallies)
+    for place, (call, need) in enumerate(zip(executable.calls, needs, strict=True)):
+        each = keep(need.local, frozenset(kept[call.segment.name]))
+        total = 0.0
+        for v in each.saved:
+            identity = need.identity(call, need.local.values[v].name) or (place, v)
+            total += 0.0 if identity in seen else need.local.values[v].nbytes
+            seen.add(identity)
+        found.append(Held(total, each.seconds, each.transient))
+    return found
+
+
+def retained_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> list[Retained]:
+    """What the backward of each call needs."""
+    device, fused = setting.device, fuses(setting)
+    cache: dict[int, Retained] = {}
+    for call, tally in zip(executable.calls, tallies, strict=True):
+        if id(call.lowered) not in cache:
+            rates = Rates(tally.made, device.memory_bytes_per_s, fused)
+            cache[id(call.lowered)] = retained(call.lowered, executable.decision, rates)
+    return [cache[id(call.lowered)] for call in executable.calls]
+
+
+def tally_calls(executable: Executable, setting: Setting) -> list[Tally]:
+    """What each call comes to, ops multiplied by what was measured of their class."""
+    cache: dict[int, Tally] = {}
+    for call in executable.calls:
+        if id(call.lowered) not in cache:
+            tally = cache[id(call.lowered)] = _tally(call, executable, setting)
+            name = executable.decision.context.segmented.class_name(call.segment.class_id)
+            forward, backward = setting.factors.get(name, (1.0, 1.0))
+            tally.forward.compute *= forward
+            tally.backward.compute *= backward
+            tally.made.update({value: forward * seconds for value, seconds in tally.made.items()})
+    return [cache[id(call.lowered)] for call in executable.calls]
+
+
+def _tally(call: Call, executable: Executable, setting: Setting) -> Tally:
+    lowered, decision = call.lowered, executable.decision
+    given = arrivals(lowered, decision, executable.target.inputs)
     shapes = Shapes(lowered.module)
     with torch.no_grad():
-        shapes.run(*_arguments(call, decision), torch.empty((), dtype=torch.int64, device="meta"))
-    tally = _Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
+        seed = torch.empty((), dtype=torch.int64, device=META)
+        shapes.run(*(each.blank(META) for each in given), *[seed] * (1 + lowered.host_seeded))
+    tally = Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
     by_op: dict[int, list[fx.Node]] = {}
     for node in lowered.module.graph.nodes:
         if "op" in node.meta:
             by_op.setdefault(node.meta["op"], []).append(node)
         elif node.op == "call_module":
-            _add_communication(node, shapes, tally, decision, setting)
+            _add_communication(node, shapes, tally, decision, setting, names(lowered))
+    called = names(lowered)
     for index, nodes in by_op.items():
-        _add_op(decision.context.segmented.ops[index], nodes, shapes, tally, decision, setting)
+        _add_op(decision.context.segmented.ops[index], nodes, shapes, tally, decision, setting, called)
     for node in lowered.segment.externals:
         if node in decision.storage:
             _add_gather(node, tally, decision, setting)
     return tally
 
 
-def _arguments(call: Call, decision: Decision) -> list[Tensor]:
-    """The externals of the lowered segment on `meta`, as they arrive."""
-    factored = decision.context.segmented.factored
-    made = []
-    for node, placeholder in zip(call.lowered.segment.externals, call.lowered.module.graph.nodes, strict=False):
-        value = node.meta["val"]
-        spec = decision.arrival(node) or Spec(((),) * len(factored.flat(node)))
-        dtype = value.dtype
-        if node in decision.storage:
-            spec = decision.storage[node].spec(len(factored.flat(node)), node in decision.context.gradients)
-            mixed = factored.program.precision.endswith("-mixed") and dtype == COMPUTE_DTYPE[factored.program.precision]
-            dtype = torch.float32 if mixed else dtype
-        assert placeholder.op == "placeholder"
-        made.append(torch.empty(local_shape(factored, node, spec, decision.mesh), dtype=dtype, device="meta"))
-    return made
-
-
-def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: Decision, setting: Setting,
+                       called: dict[fx.Node, str]) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
-        names = {n.name for n in decision.context.gradients}
-        nbytes = sum(_nbytes(shapes.env[n]) for n in node.all_input_nodes if n.name in names)
-        count = sum(n.name in names for n in node.all_input_nodes)
-        tally.backward.hidden += _together(setting, "all_reduce", module.axes, nbytes, count * tally.share)
+        gathered = {n.name: decision.mesh.extent(s.gathered) for n, s in decision.storage.items()
+                    if n in decision.context.gradients}
+        trained = [n for n in node.all_input_nodes if n.name in gathered]
+        nbytes = sum(_nbytes(shapes.env[n]) / gathered[n.name] for n in trained)
+        seconds = _together(setting, "all_reduce", module.axes, nbytes, len(trained) * tally.share)
+        tally.backward.hidden += seconds
+        tally.once += seconds
         return
     assert isinstance(module, Reshard)
     _, differentiable = node.meta["reshard"]
@@ -154,10 +213,11 @@ def _add_communication(node: fx.Node, shapes: Shapes, tally: _Tally, decision: D
         forward = setting.price(step.forward, step.axes, nbytes) if step.forward in MOVES_DATA else 0.0
         backward = setting.price(step.backward, step.axes, nbytes) if step.backward in MOVES_DATA else 0.0
         tally.forward.inline += forward
+        tally.made[called[node]] = tally.made.get(called[node], 0.0) + forward
         tally.backward.inline += backward if differentiable else 0.0
 
 
-def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_gather(node: fx.Node, tally: Tally, decision: Decision, setting: Setting) -> None:
     """The gathers of a parameter that rests sharded, and the scattered sum of its gradient."""
     factored, storage = decision.context.segmented.factored, decision.storage[node]
     trained = node in decision.context.gradients
@@ -165,17 +225,22 @@ def _add_gather(node: fx.Node, tally: _Tally, decision: Decision, setting: Setti
     elements = math.prod(local_factors(factored, node, spec, decision.mesh))
     gathered = _together(setting, "all_gather", storage.gathered, elements * itemsize(node), tally.share)
     tally.forward.hidden += gathered
+    tally.once += gathered if storage.kept else 0.0
+    tally.forward.again += 0.0 if storage.kept else gathered
     if trained:
         master = 4 if factored.program.precision.endswith("-mixed") else itemsize(node)
         scattered = _together(setting, "reduce_scatter", storage.gathered, elements * master, tally.share)
         tally.backward.hidden += scattered + (0.0 if storage.kept else gathered)
+        tally.once += scattered
+        tally.backward.again += 0.0 if storage.kept else gathered
 
 
 def _together(setting: Setting, primitive: Primitive, axes: tuple[int, ...], nbytes: float, share: float) -> float:
     return shared_seconds(setting.price, setting.mesh, primitive, axes, nbytes, share)
 
 
-def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decision: Decision, setting: Setting) -> None:
+def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: Tally, decision: Decision, setting: Setting,
+            called: dict[fx.Node, str]) -> None:
     inside = set(nodes)
     read = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside and n.name != "seed")
     made = {node.meta["origin"]: node for node in nodes}
@@ -190,11 +255,17 @@ def _add_op(op: Op, nodes: list[fx.Node], shapes: Shapes, tally: _Tally, decisio
     through = any(r.node in decision.context.gradients for r in op.results)
     sent = [exchange for node in nodes if node.op == "call_module" for exchange in shapes.sent[str(node.target)]]
     talk = exchange_seconds(sent, setting.price)
-    tally.forward.work += work.forward_seconds(device) + talk[0]
-    tally.backward.work += work.backward_seconds(device) + talk[1] if through else 0.0
+    forward = work.forward_seconds(device)
+    tally.made.update((called[node], forward + talk[0]) for node in nodes if node in called)
+    tally.forward.compute += forward
+    tally.forward.talk += talk[0]
+    if through:
+        tally.backward.compute += work.backward_seconds(device)
+        tally.backward.talk += talk[1]
     made_here = zip(op.results, results, strict=True)
-    tally.working = max(tally.working, nbytes)
+    tally.working = max(tally.working, nbytes + work.beside.room)
     tally.saved += sum(_nbytes(t) for r, t in made_here if r.node in decision.context.gradients)
+    tally.saved += work.beside.kept if through else 0.0
 
 
 def _tensors(node: fx.Node) -> Iterable[fx.Node]:
@@ -214,7 +285,12 @@ def _optimizer_seconds(executable: Executable, setting: Setting) -> float:
                for node, storage in decision.storage.items() if node in decision.context.gradients)
 
 
-def _fullest(executable: Executable, setting: Setting, tallies: list[_Tally]) -> Memory:
+def copied(decision: Decision, node: fx.Node) -> bool:
+    """Whether a parameter's copy in the compute dtype is held whatever the segments keep: FSDP2 does so."""
+    return not decision.kept or bool(decision.storage[node].gathered)
+
+
+def _fullest(executable: Executable, setting: Setting, tallies: list[Tally], saves: list[Held]) -> Memory:
     """The bytes of the fullest moment: the backward of each call in turn, of which the last comes first."""
     decision = executable.decision
     kept = {node: held(decision.context, node, storage, decision.mesh, setting.optimizer.state_bytes)
@@ -225,9 +301,10 @@ def _fullest(executable: Executable, setting: Setting, tallies: list[_Tally]) ->
     saved, gradients = 0.0, sum(h.gradient for h in kept.values())
     seen: set[fx.Node] = set()
     found = [Memory(parameters, gradients, state, 0.0, 0.0)]
-    for place, (tally, nodes) in enumerate(zip(tallies, read, strict=True)):
-        saved += tally.saved + sum(kept[node].copy for node in nodes if node not in seen)
+    for place, (tally, each, nodes) in enumerate(zip(tallies, saves, read, strict=True)):
+        saved += each.saved + sum(kept[node].copy for node in nodes if node not in seen and copied(decision, node))
         seen.update(nodes)
-        found.append(Memory(parameters, gradients, state, saved, tally.working + sum(kept[n].working for n in nodes)))
+        working = tally.working + each.transient + sum(kept[n].working for n in nodes)
+        found.append(Memory(parameters, gradients, state, saved, working))
         gradients -= sum(kept[node].gradient for node in nodes if last[node] == place)
     return max(found, key=lambda memory: memory.total)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,21 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.data import DistributedSampler
 
 from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
-from autopar.codegen.executable import Executable, seeds_of
+from autopar.codegen.engine import Engine, Parameters
+from autopar.codegen.executable import Executable, Values, seeds_for
 from autopar.codegen.first_order import first_order, no_backward
-from autopar.codegen.groups import ParameterGroup, mangled, nested, wrap
+from autopar.codegen.groups import ParameterGroup, mangled, wrap
 from autopar.codegen.offers import meet
 from autopar.codegen.outputs import output_of
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
 from autopar.codegen.paths import Under
+from autopar.codegen.replay import Launches, Replays
 from autopar.codegen.sampler import sampler_over
-from autopar.codegen.values import Values, seed_of_rank_zero, state_names
+from autopar.codegen.tape import Pass, stepped
+from autopar.codegen.travel import Member, Unit
+from autopar.codegen.values import Values as FirstValues
+from autopar.codegen.values import as_on, held_by, seed_of_rank_zero, state_names
 from autopar.core.errors import AutoparError
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
@@ -37,55 +42,23 @@ Travels = tuple[tuple[int, ...], bool, torch.dtype]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where a module runs: this rank's groups, torch's mesh, its device."""
+    """Where a module runs: this rank's groups, torch's mesh, its device; how steps are launched."""
 
     communicator: Communicator
     mesh: DeviceMesh
     device: torch.device
+    launches: Launches = "each"
     constants: dict[int, dict[fx.Node, Tensor]] = field(default_factory=dict)
 
 
 class Body(nn.Module):
-    """All parameter groups and buffers; runs an executable. The root of FSDP2's modules."""
+    """All parameter groups and buffers."""
 
-    def __init__(self, groups: dict[str, tuple[ParameterGroup, ...]], shared: tuple[ParameterGroup, ...],
-                 buffers: dict[str, Tensor]) -> None:
+    def __init__(self, groups: tuple[ParameterGroup, ...], buffers: dict[str, Tensor]) -> None:
         super().__init__()
-        self.by_segment = groups
-        self.shared = nn.ModuleList(shared)
-        self.groups = nn.ModuleList(g for each in groups.values() for g in each)
+        self.groups = nn.ModuleList(groups)
         for name, buffer in buffers.items():
             self.register_buffer(mangled(name), buffer)
-
-    def forward(self, executable: Executable, given: dict[fx.Node, Tensor], seed: tuple[int, int],
-                device: torch.device) -> dict[fx.Node, Tensor]:
-        count = len(executable.calls)
-        seeds: tuple[tuple[Tensor, ...], ...] = tuple((one,) for one in seeds_of(*seed, count, device))
-        if any(each.lowered.host_seeded for each in executable.calls):
-            on_host = seeds_of(*seed, count, torch.device("cpu"))
-            seeds = tuple((*one, other) if each.lowered.host_seeded else one
-                          for one, other, each in zip(seeds, on_host, executable.calls, strict=True))
-
-        def everything(held: dict[str, Tensor]) -> tuple[Any, ...]:
-            return (executable.run(given, self._caller(executable, held, seeds)),)
-
-        return nested(tuple(self.shared), everything, {}, ())[0]  # type: ignore[arg-type,return-value]
-
-    def _caller(self, executable: Executable, shared: dict[str, Tensor],
-                seeds: tuple[tuple[Tensor, ...], ...]) -> Any:
-        def call(i: int, values: dict[fx.Node, Tensor]) -> tuple[Tensor, ...]:
-            each = executable.calls[i]
-            named = tuple(zip(each.segment.externals, each.parameters, strict=True))
-            inputs = tuple(values[n] for n, name in named if not name)
-
-            def run(held: dict[str, Tensor], *passed: Tensor) -> tuple[Tensor, ...]:
-                rest = iter(passed)
-                return each.run(*(held[name] if name else next(rest) for name in each.parameters), *seeds[i])
-
-            read = {name: shared[name] for name in each.parameters if name in shared}  # FSDP2 gives others zeros
-            return nested(self.by_segment.get(each.segment.name, ()), run, read, inputs)
-
-        return call
 
 
 class ParallelModule(nn.Module):
@@ -93,27 +66,38 @@ class ParallelModule(nn.Module):
 
     plan: Any
 
-    def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: Values) -> None:
+    def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: FirstValues,
+                 holding: Holding | None = None) -> None:
         super().__init__()
         self._site, self._batches, self._decision = site, batches, decision
-        self._names = [name for name, _ in plain.named_parameters()]
+        self._holding = holding or whole_holding(plain, decision)
+        self._every = {name: (tuple(t.shape), t.dtype) for name, t in held_by(plain).items()}
+        self._names = [name for name, _ in plain.named_parameters() if name in self._holding.names]
         self._stored = stored_parameters(plain, decision)
-        self._buffer_names = [name for name, _ in plain.named_buffers()]
+        self._buffer_names = [name for name, _ in plain.named_buffers() if name in self._holding.names]
         self._state_names = state_names(plain)
         self._non_persistent_buffers_set = set(self._buffer_names) - self._state_names.keys()
         self._steps, self._seed = 0, seed_of_rank_zero(site.device)
-        self._body = make_body(plain, decision, self._stored, site)
+        self._body = make_body(plain, decision, self._stored, site, self._holding)
         self._owner = {name: group for group in self._body.modules() if isinstance(group, ParameterGroup)
                        for name in group.names}
+        self._parameters_at = Parameters(self._owner, units_of(self._owner, self._stored, decision, site),
+                                         site.communicator)
+        self._engines: dict[int, Engine] = {}
+        self._pipeline = self._holding.pipeline and self._holding.pipeline(self._parameters_at, self.named_parameters)
+        self._replays = Replays() if site.launches == "recorded" and site.device.type == "cuda" else None
         self._fill(values)
         self.train(plain.training)
 
-    def _fill(self, values: Values) -> None:
+    def _fill(self, values: FirstValues) -> None:
         """Give parameters and buffers their first values, one after the other: no two whole parameters are held."""
-        for name, parameter in self.named_parameters():
-            load_plain(parameter, self._stored[name], values(name))
-        for name, buffer in self.named_buffers():
-            buffer.copy_(values(name))
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name in self._every:  # on ranks that do not hold it too: values may come from another rank
+            value = values(name)
+            if name in held and name in self._stored:
+                load_plain(held[name], self._stored[name], value)
+            elif name in held:
+                held[name].copy_(value)
 
     def adopt(self, originals: dict[str, nn.Parameter]) -> None:
         """Put the sharded parameters into these DTensor objects, which an optimizer may hold already."""
@@ -126,11 +110,7 @@ class ParallelModule(nn.Module):
         """The plain model's forward; the loss is the mean over the global batch on every rank, other outputs are
         DTensors where they are kept."""
         bound = self._batches.bind(args, kwargs, self.training, self._site.device)
-        given = self._given(bound)
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            values = self._body(bound.executable, given, (self._seed, self._steps), self._site.device)
-        if not (self.training and torch.is_grad_enabled()):
-            self._reshard()
+        values = self._run(bound.executable, self._given(bound))
         self._steps += self.training
         if dist.get_world_size() > 1:
             values = {node: first_order(value) for node, value in values.items()}
@@ -138,17 +118,28 @@ class ParallelModule(nn.Module):
             values = {node: no_backward(value) for node, value in values.items()}
         return output_of(bound.executable, values, self._site.mesh)
 
-    def _reshard(self) -> None:
-        """Let go of what FSDP2 keeps gathered for a backward that will not come."""
-        for module in self._body.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    def _run(self, executable: Executable, given: Values) -> Values:
+        """The outputs of a program, for autograd to come back to where the model trains."""
+        if self._pipeline is not None:
+            with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+                return self._pipeline(executable, given, (self._seed, self._steps))  # type: ignore[no-any-return]
+        engine = self._engines.setdefault(id(executable), Engine(executable, self._parameters_at))
+        seeds = seeds_for(executable, (self._seed, self._steps), self._site.device)
+        if not (self.training and torch.is_grad_enabled()):
+            with torch.no_grad():
+                return engine.run(given, seeds, None)
+        if self._replays is not None:
+            return stepped(self._replays.step(engine, given, seeds), dict(self.named_parameters()))
+        if dist.get_world_size() == 1:
+            return engine.alone(given, seeds)
+        return stepped(Pass(engine, given, seeds), dict(self.named_parameters()))
 
     def _given(self, bound: Bound) -> dict[fx.Node, Tensor]:
         program = bound.executable.decision.context.segmented.factored.program
         constants = self._site.constants.setdefault(id(program), {
             n: program.constants[n.name].to(self._site.device) for n in program.placeholders("constant")})
-        buffers = {n: self.get_buffer_called(program.sources[n.name].name) for n in program.placeholders("buffer")}
+        buffers = {n: self.get_buffer_called(program.sources[n.name].name) for n in program.placeholders("buffer")
+                   if program.sources[n.name].name in self._holding.names}
         return {**constants, **buffers, **bound.inputs}
 
     def get_buffer_called(self, name: str) -> Tensor:
@@ -190,7 +181,7 @@ class ParallelModule(nn.Module):
         """What the plain model's has, in its names and shapes, parameters as DTensors."""
         held: dict[str, Any] = {n: to_plain(p, self._stored[n]) for n, p in self.named_parameters()}
         held |= {name: buffer.detach() for name, buffer in self.named_buffers()}
-        return OrderedDict((name, held[first]) for name, first in self._state_names.items())
+        return OrderedDict((name, held[first]) for name, first in self._state_names.items() if first in held)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The plain model's state dict, in host memory on rank 0, which the plain model loads; empty on other ranks.
@@ -199,14 +190,19 @@ class ParallelModule(nn.Module):
         """
         meet("full_state_dict")
         state: dict[str, Tensor] = {}
-        for name, parameter in self.named_parameters():
-            value = to_plain(parameter, self._stored[name])
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, (shape, dtype) in self._every.items():
+            own = held.get(name)
+            value = to_plain(own, self._stored[name]) if own is not None and name in self._stored else own
             whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if dist.get_rank() == 0:
-                state[name] = whole.to("cpu", copy=True)
+            teller = self._holding.tellers.get(name, 0)
+            if teller:
+                like = torch.empty(shape, dtype=dtype, device=self._site.device) if whole is None else whole
+                whole = as_on(teller, like, self._site.device)
+            if dist.get_rank() == 0 and whole is not None:
+                state[name] = whole.detach().to("cpu", copy=True)
         if dist.get_rank():
             return {}
-        state |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.named_buffers()}
         return OrderedDict((name, state[first]) for name, first in self._state_names.items())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -214,18 +210,20 @@ class ParallelModule(nn.Module):
 
         Collective where there are DTensors. Raises AutoparError naming what doesn't fit, before anything is loaded.
         """
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         given = {first: state_dict[name] for name, first in self._state_names.items() if name in state_dict}
-        missing = [name for name, first in self._state_names.items() if first not in given]
+        missing = [name for name, first in self._state_names.items() if first in held and first not in given]
         extra = [name for name in state_dict if name not in self._state_names]
         if strict and (missing or extra):
             raise AutoparError(f"state dict: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}; "
                                "pass strict=False to load what fits")
-        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, value in given.items():
-            needed = self._stored[name].shape if name in self._stored else tuple(held[name].shape)
+            needed = self._every[name][0]
             if tuple(value.shape) != needed:
                 raise AutoparError(f"{name} has shape {tuple(value.shape)} in the state dict, needed is {needed}")
         for name, value in given.items():  # in one order: DTensors are gathered on the way
+            if name not in held:
+                continue
             if name in self._stored:
                 load_plain(held[name], self._stored[name], value)
             else:
@@ -237,15 +235,16 @@ class ParallelModule(nn.Module):
         meet("copy.deepcopy")
         held = {name: to_plain(p, self._stored[name]) for name, p in self.named_parameters()} | dict(
             self.named_buffers())
-        made = memo[id(self)] = self.beside(self._batches.plans.like.train(self.training), held.__getitem__)
+        plain = self._batches.plans.like.train(self.training)
+        made = memo[id(self)] = self.beside(plain, lambda name: held[name] if name in held else torch.empty(0))
         for mine, other in zip(self.parameters(), made.parameters(), strict=True):
             other.requires_grad_(mine.requires_grad)
         made.set_random_state(self.random_state())
         return made
 
-    def beside(self, plain: nn.Module, values: Values) -> ParallelModule:
+    def beside(self, plain: nn.Module, values: FirstValues) -> ParallelModule:
         """A model like `plain`, which is like this one, under the same plan; collective."""
-        made = ParallelModule(plain, self._decision, self._site, self._batches, values)
+        made = ParallelModule(plain, self._decision, self._site, self._batches, values, self._holding)
         made.plan = self.plan
         return made
 
@@ -275,11 +274,12 @@ class ParallelModule(nn.Module):
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients so that their norm over all parameters is at most `max_norm`; returns the norm before."""
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        found = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        grads = list(found.values())
         total = torch.zeros((), dtype=torch.float32, device=self._site.device)
-        for grad in grads:
+        for name, grad in found.items():
             part = grad.to_local() if isinstance(grad, DTensor) else grad
-            total += part.float().square().sum() * _share(grad)
+            total += part.float().square().sum() * _share(grad, self._holding.ranks[name])
         dist.all_reduce(total)
         norm = total.sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -297,12 +297,33 @@ def not_pickled(model: nn.Module) -> AutoparError:
                         "model.full_state_dict(), or a checkpoint by autopar.save_checkpoint, and compile again")
 
 
-def _share(grad: Tensor) -> float:
-    """The inverse of how many ranks hold each element of `grad`."""
+def _share(grad: Tensor, ranks: int) -> float:
+    """The inverse of how many ranks hold each element of `grad`, of which `ranks` hold some."""
     if not isinstance(grad, DTensor):
-        return 1.0 / dist.get_world_size()
-    parts = [grad.device_mesh.size(i) for i, p in enumerate(grad.placements) if isinstance(p, Shard)]
-    return float(torch.tensor(parts).prod()) / dist.get_world_size() if parts else 1.0 / dist.get_world_size()
+        return 1.0 / ranks
+    return math.prod(grad.device_mesh.size(i) for i, p in enumerate(grad.placements) if isinstance(p, Shard)) / ranks
+
+
+@dataclass(frozen=True, eq=False)
+class Holding:
+    """What of a model this rank holds: `names` of parameters and buffers, the `segments` that run here.
+
+    `ranks` counts by parameter the ranks that hold some of it, `tellers` has the first of them where that is not rank
+    0; `pipeline(parameters, named_parameters)` makes what runs a program, where there are stages.
+    """
+
+    names: frozenset[str]
+    segments: frozenset[str]
+    ranks: dict[str, int]
+    tellers: dict[str, int]
+    pipeline: Callable[[Parameters, Callable[[], Any]], Callable[..., Any]] | None = None
+
+
+def whole_holding(plain: nn.Module, decision: Decision) -> Holding:
+    """Everything, on every rank."""
+    names = frozenset(held_by(plain))
+    segments = frozenset(segment.name for segment in decision.context.segmented.segments)
+    return Holding(names, segments, dict.fromkeys(names, dist.get_world_size()), {})
 
 
 def stored_parameters(plain: nn.Module, decision: Decision) -> dict[str, Stored]:
@@ -322,48 +343,53 @@ def stored_parameters(plain: nn.Module, decision: Decision) -> dict[str, Stored]
     return found
 
 
-def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], site: Site) -> Body:
-    """Shards of the parameters of `plain`, wrapped for FSDP2 group by group, and its buffers, all without values.
+def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], site: Site, holding: Holding) -> Body:
+    """Shards of the parameters that are held, group by group, and buffers, all without values.
 
     They are cut on meta, so that no more than this rank's part is ever allocated.
     """
     parameters = {name: at_rest(torch.empty_like(p, device="meta"), stored[name], site.mesh, p.requires_grad)
-                  for name, p in plain.named_parameters()}
-    owner = _owners(decision)
-    members: dict[str, dict[Travels, dict[str, nn.Parameter]]] = {}
+                  for name, p in plain.named_parameters() if name in holding.names}
+    owner = _owners(decision, holding.segments)
+    members: dict[tuple[str, Travels], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         travels = stored[name].storage.gathered, stored[name].storage.kept, parameter.dtype
-        members.setdefault(owner.get(name, ""), {}).setdefault(travels, {})[name] = parameter
-    groups = {key: {way: ParameterGroup(held) for way, held in sets.items()} for key, sets in members.items()}
-    shared = groups.pop("", {})
-    buffers = {name: torch.empty_like(b, device=site.device) for name, b in plain.named_buffers()}
-    body = Body({key: tuple(sets.values()) for key, sets in groups.items()}, tuple(shared.values()), buffers)
-    every = [*shared.items(), *(item for sets in groups.values() for item in sets.items())]
-    _wrap_all(body, every, stored, decision, site)
-    for _, group in every:
+        members.setdefault((owner.get(name, ""), travels), {})[name] = parameter
+    groups = [(travels, ParameterGroup(held)) for (_, travels), held in members.items()]
+    body = Body(tuple(group for _, group in groups), {
+        name: torch.empty_like(b, device=site.device) for name, b in plain.named_buffers() if name in holding.names})
+    for (axes, *_), group in groups:
+        if axes:
+            wrap(group, {n: stored[n] for n in group.names}, decision.mesh, site.mesh)
         group.to_empty(device=site.device)
     return body
 
 
-def _wrap_all(body: Body, groups: list[tuple[Travels, ParameterGroup]], stored: dict[str, Stored],
-              decision: Decision, site: Site) -> None:
-    gathered = [group for (axes, *_), group in groups if axes]
-    if not gathered:
-        return
+def units_of(owners: Mapping[str, ParameterGroup], stored: Mapping[str, Stored], decision: Decision,
+             site: Site) -> dict[str, Unit]:
+    """By name of a parameter that is gathered from others what it travels with."""
     precision = decision.context.segmented.factored.program.precision
-    dtype = COMPUTE_DTYPE[precision] if precision.endswith("-mixed") else None
-    for group in gathered:
-        wrap(group, {n: stored[n] for n in group.names}, decision.mesh, site.mesh, dtype, set())
-    rest = {p for (axes, *_), group in groups if not axes for p in group.parameters()}
-    wrap(body, {}, decision.mesh, site.mesh, dtype, rest)
+    made: dict[str, Unit] = {}
+    for group in dict.fromkeys(owners.values()):
+        storage = stored[group.names[0]].storage
+        over = site.communicator.group(storage.gathered)
+        if over.size > 1:
+            members = tuple(Member(n, stored[n].used_shape(decision.mesh), stored[n].gather_dim(decision.mesh),
+                                   over.size) for n in group.names)
+            rests = group.parameter(group.names[0]).dtype
+            mixed = precision.endswith("-mixed") and rests.is_floating_point
+            unit = Unit(group, members, over, COMPUTE_DTYPE[precision] if mixed else rests,
+                        torch.float32 if mixed else rests, storage.kept)
+            made |= dict.fromkeys(group.names, unit)
+    return made
 
 
-def _owners(decision: Decision) -> dict[str, str]:
-    """The segment that alone uses each parameter."""
+def _owners(decision: Decision, here: frozenset[str]) -> dict[str, str]:
+    """The segment that alone uses each parameter, of those that run here."""
     sources = decision.context.segmented.factored.program.sources
     users: dict[str, list[str]] = {}
     for segment in decision.context.segmented.segments:
         for node in segment.externals:
-            if node in decision.storage:
+            if node in decision.storage and segment.name in here:
                 users.setdefault(sources[node.name].name, []).append(segment.name)
     return {name: segments[0] for name, segments in users.items() if len(segments) == 1}

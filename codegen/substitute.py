@@ -19,12 +19,14 @@ from autopar.codegen.attention import KernelAttention, fits
 from autopar.codegen.batch_norm import Normalize, statistics
 from autopar.codegen.collectives import convert
 from autopar.codegen.communicator import Group
+from autopar.codegen.heads import linear_cross_entropy
 from autopar.codegen.site import Site
 from autopar.codegen.vocabulary import cross_entropy, embedding, nll
 from autopar.core.reshard import Step
 from autopar.passes.exchanges import Exchange, running_exchanges, statistic_exchanges
 from autopar.passes.functional import value_of
 from autopar.passes.layout import local_shape
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
 from autopar.passes.rules.nodes import argument, attention_dropout
 
 aten = torch.ops.aten
@@ -229,6 +231,7 @@ SUBSTITUTES: dict[Any, Callable[[Site, int], nn.Module | None]] = {
     aten.nll_loss_nd.default: nll,
     aten.rand.default: _uniform,
     aten.scaled_dot_product_attention.default: _attention,
+    LINEAR_CROSS_ENTROPY: linear_cross_entropy,
 }
 
 

@@ -51,6 +51,10 @@ class Places:
         known = (number >= 0) & (number < self.whole)
         return here, place.where(here, 0).where(known, self.whole)
 
+    def is_unknown(self, place: Tensor) -> Tensor:
+        """Which of the places are of numbers that the whole does not have."""
+        return place == self.whole
+
     def of_one(self, number: int) -> int:
         """The place of one number here, -1 where it is not."""
         place, stride = 0, self.whole
@@ -64,7 +68,7 @@ class Places:
         return place
 
 
-def _places(site: Site, letter: str) -> Places:
+def places_of(site: Site, letter: str) -> Places:
     factors = factors_of(site.op, letter)
     groups = (site.group(axes_of(site.assignment, f.key)) for f in factors)
     return Places(tuple(f.size for f in factors), tuple(groups))
@@ -195,7 +199,7 @@ class CrossEntropy(nn.Module):
 
 def embedding(site: Site, _: int) -> nn.Module | None:
     """A lookup in a table cut by rows; None where it is whole."""
-    return Embedding(_places(site, "v")) if site.axes("v") else None
+    return Embedding(places_of(site, "v")) if site.axes("v") else None
 
 
 def _loss(plain: Plain) -> Callable[[Site, int], nn.Module | None]:
@@ -205,7 +209,7 @@ def _loss(plain: Plain) -> Callable[[Site, int], nn.Module | None]:
         mean = argument(site.node, 3, "reduction", MEAN) == MEAN
         if not (classes or (rows and mean)):
             return None
-        return CrossEntropy(site.group(rows), site.group(classes), _places(site, "c"), plain)
+        return CrossEntropy(site.group(rows), site.group(classes), places_of(site, "c"), plain)
     return make
 
 

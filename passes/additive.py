@@ -18,11 +18,13 @@ from autopar.passes.evaluate import evaluate
 from autopar.passes.factors import Factored
 from autopar.passes.functional import is_update, value_of
 from autopar.passes.ops import Op, factor_roles
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
 from autopar.passes.rules.losses import MEAN
 from autopar.passes.rules.nodes import argument
 
 aten = torch.ops.aten
-CROSS_ENTROPY = aten.cross_entropy_loss.default
+CROSS_ENTROPY = {aten.cross_entropy_loss.default, LINEAR_CROSS_ENTROPY}
+"""Their targets, reductions and ignored targets are at the same places among their arguments."""
 MIXING = {aten.batch_norm.default}
 """Ops that keep the dim of samples and mix them all the same, where it is special to them."""
 CARRIED = {aten.slice.Tensor, aten.pad.default, aten.constant_pad_nd.default, aten.cat.default, aten.to.dtype,
@@ -79,7 +81,7 @@ def _reduces(op: Op, ctx: Context, batch: frozenset[int]) -> bool:
     if not over or is_update(op.main, factored.program):
         raise _Obstacle(f"{name} may mix samples")
     whole = any(not f.shardable for f in over)
-    if op.main.target == CROSS_ENTROPY and not whole and _counts(op.main):
+    if op.main.target in CROSS_ENTROPY and not whole and _counts(op.main):
         return True
     if whole or any(f.summed for f in over) or (op.main.target in MIXING and any(f.special for f in over)):
         raise _Obstacle(f"{name} mixes samples")
@@ -125,7 +127,7 @@ def _check_uses(source: fx.Node, factored: Factored) -> None:
     seen, left = {source}, [source]
     while left:
         for user in left.pop().users:
-            if user in seen or user.target in ASKED or user.target == CROSS_ENTROPY:
+            if user in seen or user.target in ASKED or user.target in CROSS_ENTROPY:
                 continue
             if user.op == "call_function" and user not in factored.aliases and user.target not in CARRIED:
                 raise _Obstacle(f"{source.name} is read by {user.meta.get('path') or 'the forward'} "

@@ -33,6 +33,9 @@ COMPUTE_DTYPE: dict[str, torch.dtype] = {
 }
 Stored = Literal["by factor", "plain"]
 """The shapes parameters rest in: those in which the most can be cut plainly, or the model's own."""
+Head = Literal["auto", "plain", "chunked"]
+"""Where a head, a linear layer and its cross entropy, goes in chunks: where the cost layer says it wins, nowhere,
+wherever it can."""
 Kind = Literal["parameter", "buffer", "input", "constant"]
 Returns = Literal["loss", "all"]
 
@@ -64,6 +67,7 @@ class Program:
     returns: Returns = "loss"
     lying: frozenset[int] = frozenset()
     stored: Stored = "by factor"
+    head: Head = "auto"
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`."""

@@ -13,9 +13,11 @@ from autopar.core.mesh import Mesh
 from autopar.core.sharding import Choice
 from autopar.passes.costs import Optimizer, Work, work_of
 from autopar.passes.decision import Context
+from autopar.passes.functional import value_of
 from autopar.passes.layout import from_base, itemsize, local_bytes, local_shape, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.ops import Op
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
 from autopar.passes.rules.nodes import shape, tensor_operands
 from autopar.passes.strategies import Assignment, Storage, factor_parts
 
@@ -35,8 +37,8 @@ def op_work(context: Context, op: Op, assignment: Assignment, mesh: Mesh) -> Wor
 
 
 def compute_dtype(op: Op) -> torch.dtype:
-    """The dtype `op` computes in: its result's."""
-    value = op.main.meta["val"]
+    """The dtype `op` computes in: its result's, or that of the products inside of a loss."""
+    value = value_of(op.main.args[0]) if op.main.target is LINEAR_CROSS_ENTROPY else op.main.meta["val"]
     return value.dtype if isinstance(value, torch.Tensor) else torch.float32
 
 
@@ -52,12 +54,21 @@ def op_choices(context: Context, op: Op, options: Iterable[Assignment], mesh: Me
     return found
 
 
+def scaled(choices: list[Choice], factor: tuple[float, float]) -> list[Choice]:
+    """The choices with their seconds, forward and backward, multiplied."""
+    if factor == (1.0, 1.0):
+        return choices
+    forward, backward = factor
+    return [replace(c, forward=forward * c.forward, backward=backward * c.backward) for c in choices]
+
+
 def _op_choice(context: Context, op: Op, assignment: Assignment, mesh: Mesh, device: Device) -> Choice:
     work, factored = op_work(context, op, assignment, mesh), context.segmented.factored
     saved = sum(local_bytes(factored, r.node, context.emitted(op, r, assignment), mesh)
                 for r in op.results if r.node in context.gradients)
-    backward = work.backward_seconds(device) if context.through(op) else 0.0
-    return Choice(",".join(assignment), work.forward_seconds(device), backward, saved=saved, working=work.nbytes)
+    through = context.through(op)
+    return Choice(",".join(assignment), work.forward_seconds(device), work.backward_seconds(device) if through else 0.0,
+                  saved=saved + (work.beside.kept if through else 0.0), working=work.nbytes + work.beside.room)
 
 
 def storage_choices(context: Context, node: fx.Node, options: Iterable[Storage], mesh: Mesh, optimizer: Optimizer,

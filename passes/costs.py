@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.core.chunks import rows_at_once
 from autopar.core.device import Device, Dtype, Flops
 from autopar.core.errors import UnknownName
+from autopar.passes.functional import value_of
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
 from autopar.passes.rules.nodes import argument
 
 aten = torch.ops.aten
@@ -63,6 +66,10 @@ def _attention(node: fx.Node, operands: list[Shape], _: Shape) -> float:
     return share * 2.0 * math.prod(outer) * queries * keys * (depth + value_depth)
 
 
+def _linear_cross_entropy(_: fx.Node, operands: list[Shape], __: Shape) -> float:
+    return 2.0 * math.prod(operands[0]) * operands[2][0]
+
+
 FLOP: dict[Any, Flop] = {
     aten.linear.default: _linear,
     aten.mm.default: _matmul,
@@ -78,6 +85,7 @@ FLOP: dict[Any, Flop] = {
     **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
                     _transposed_convolution),
     aten.scaled_dot_product_attention.default: _attention,
+    LINEAR_CROSS_ENTROPY: _linear_cross_entropy,
 }
 _BACKWARD_FLOP = 2.0
 _BACKWARD_FLOP_ATTENTION = 2.5
@@ -86,17 +94,51 @@ DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """What an op does in its forward beside its products, its operands and its results: bytes it moves after one
+    another with them, further launches, bytes it keeps for the backward and bytes it works in."""
+
+    moved: float = 0.0
+    launches: int = 0
+    kept: float = 0.0
+    room: float = 0.0
+
+
+_CHUNK_LAUNCHES = 5
+
+
+def in_chunks(rows: int, width: int, classes: int, each: int) -> Beside:
+    """A head in chunks of rows, of elements of `each` bytes: each chunk's logits are read and written once, and so is
+    the sum of the weight's gradient but for the first time; gradients are kept."""
+    at_once = rows_at_once(rows, classes)
+    count = -(-rows // at_once)
+    return Beside(each * (2.0 * rows * classes + 2.0 * (count - 1) * classes * width), _CHUNK_LAUNCHES * count,
+                  each * float(rows + classes) * width, each * float(at_once) * classes)
+
+
+def _in_chunks(node: fx.Node, operands: list[Shape]) -> Beside:
+    hidden = value_of(node.args[0])
+    assert hidden is not None
+    return in_chunks(*operands[0], operands[2][0], hidden.dtype.itemsize)  # type: ignore[call-arg]
+
+
+BESIDE: dict[Any, Callable[[fx.Node, list[Shape]], Beside]] = {LINEAR_CROSS_ENTROPY: _in_chunks}
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
-    """What one op does on one device: FLOP, bytes read and written once, the dtype it computes in."""
+    """What one op does on one device: FLOP, bytes read and written once, the dtype it computes in, and what else."""
 
     flop: float
     nbytes: float
     dtype: torch.dtype
     backward_flop: float
+    beside: Beside = Beside()
 
     def forward_seconds(self, device: Device) -> float:
         """Seconds of the forward."""
-        return _roofline(self.flop, self.nbytes, self.dtype, device)
+        beside = self.beside.moved / device.memory_bytes_per_s + self.beside.launches * device.launch_s
+        return _roofline(self.flop, self.nbytes, self.dtype, device) + beside
 
     def backward_seconds(self, device: Device) -> float:
         """Seconds of the backward."""
@@ -112,7 +154,8 @@ def work_of(node: fx.Node, operands: list[Shape], result: Shape, nbytes: float, 
     """The work of an op named after `node`, whose operands and result have these local shapes."""
     flop = FLOP[node.target](node, operands, result) if node.target in FLOP else 0.0
     attention = node.target is aten.scaled_dot_product_attention.default
-    return Work(flop, nbytes, dtype, flop * (_BACKWARD_FLOP_ATTENTION if attention else _BACKWARD_FLOP))
+    beside = BESIDE[node.target](node, operands) if node.target in BESIDE else Beside()
+    return Work(flop, nbytes, dtype, flop * (_BACKWARD_FLOP_ATTENTION if attention else _BACKWARD_FLOP), beside)
 
 
 def slowest(devices: Sequence[Device]) -> Device:

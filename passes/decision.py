@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import fx
@@ -86,12 +86,17 @@ def cargo_of(ctx: Context, node: fx.Node) -> Cargo:
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """`assignments[i]` for op i, `storage[n]` for parameter placeholder n."""
+    """`assignments[i]` for op i, `storage[n]` for parameter placeholder n.
+
+    `kept[s]` is what segment s keeps for its backward, by the names of `codegen.marks`; of segments that are not in
+    it, whoever runs them decides.
+    """
 
     context: Context
     mesh: Mesh
     assignments: tuple[Assignment, ...]
     storage: dict[fx.Node, Storage]
+    kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def arrival(self, node: fx.Node) -> Spec | None:
         """The spec in which `node`, an op's result or a renaming of one, comes out; None for other values."""

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.core.chunks import rows_at_once
 from autopar.core.mesh import Mesh
 from autopar.core.reshard import Price, Primitive
 from autopar.core.sharding import Choice, Phase
 from autopar.passes.functional import value_of
 from autopar.passes.ops import Factor, Op
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
 from autopar.passes.rules.losses import MEAN, row_letters
 from autopar.passes.rules.nodes import argument
 from autopar.passes.strategies import Assignment, axes_of
@@ -51,6 +53,13 @@ def class_exchanges(rows: int, dtype: torch.dtype, classes: Axes, parts: int) ->
 def count_exchanges(rows: Axes) -> list[Exchange]:
     """The number, or the weight, of the rows that count."""
     return [Exchange("forward", "all_reduce", rows, COUNT_BYTES)] if rows else []
+
+
+def chunk_exchanges(rows: int, here: int, dtype: torch.dtype, classes: Axes, parts: int) -> list[Exchange]:
+    """The same chunk by chunk, of so many classes `here`."""
+    at_once = rows_at_once(rows, here)
+    chunks = [min(at_once, rows - first) for first in range(0, rows, at_once)]
+    return [exchange for chunk in chunks for exchange in class_exchanges(chunk, dtype, classes, parts)]
 
 
 def statistic_exchanges(channels: int, samples: Axes) -> list[Exchange]:
@@ -93,6 +102,16 @@ def _cross_entropy(node: fx.Node, cut: Cut) -> list[Exchange]:
             + count_exchanges(rows if counted else ()))
 
 
+def _linear_cross_entropy(node: fx.Node, cut: Cut) -> list[Exchange]:
+    hidden, weight = value_of(node.args[0]), value_of(node.args[2])
+    assert hidden is not None and weight is not None
+    rows, classes = cut.axes("t"), cut.axes("n")
+    parts = cut.mesh.extent(classes)
+    counted = argument(node, 3, "reduction", MEAN) == MEAN
+    return (chunk_exchanges(len(hidden) // cut.mesh.extent(rows), len(weight) // parts, hidden.dtype, classes, parts)
+            + count_exchanges(rows if counted else ()))
+
+
 def _batch_norm(node: fx.Node, cut: Cut) -> list[Exchange]:
     x = value_of(node)
     assert x is not None
@@ -108,6 +127,7 @@ EXCHANGES: dict[Any, Callable[[fx.Node, Cut], list[Exchange]]] = {
     aten.batch_norm.default: _batch_norm,
     aten.cross_entropy_loss.default: _cross_entropy,
     aten.nll_loss_nd.default: _cross_entropy,
+    LINEAR_CROSS_ENTROPY: _linear_cross_entropy,
 }
 
 

@@ -27,10 +27,12 @@ Axes = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """How parameters travel: gradient bytes over parameter bytes, and the share of a collective's latency of each."""
+    """How parameters travel: gradient bytes over parameter bytes, the share of a collective's latency of each, and how
+    often a step gathers those that are not kept."""
 
     reduce_scale: float
     latency_share: float
+    times: int = 1
 
 
 def latency_share(parameters: int) -> float:
@@ -58,7 +60,8 @@ def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], carg
                       together: Together) -> tuple[tuple[Seconds, Seconds], tuple[Seconds, Seconds]]:
     """Forward and backward (stored, targets), of gathers and sums that may hide, then of the reshards that are left.
 
-    A gathered parameter is gathered again in the backward unless it is kept.
+    A gathered parameter is gathered again in the backward unless it is kept. Its gradient is scattered before it is
+    summed over further axes, which then have a part of it to sum.
     """
     bandwidth = _bandwidth(cargo, mesh, price, together)
     partial = [tuple(axis for axis, state in enumerate(states) if state == "G") for states in targets]
@@ -69,12 +72,13 @@ def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], carg
     for i, storage in enumerate(stored):
         used, axes = storage.used(cargo.differentiable), storage.gathered
         parts = math.prod(size for size, state in zip(mesh.shape, used, strict=True) if isinstance(state, int))
-        forward[i] = gather = bandwidth("all_gather", axes, parts)
-        again = 0.0 if storage.kept else gather
+        gather = bandwidth("all_gather", axes, parts)
+        again = 0.0 if storage.kept else together.times * gather
+        forward[i] = gather if storage.kept else again
         scatter = again + bandwidth("reduce_scatter", axes, parts) if cargo.differentiable else 0.0
         for j, asked in enumerate(sums):
             summed = tuple(axis for axis in asked if used[axis] == "R")
-            backward[i, j] = scatter + bandwidth("all_reduce", summed, parts)
+            backward[i, j] = scatter + bandwidth("all_reduce", summed, parts * mesh.extent(axes))
             start = tuple("G" if axis in summed else state for axis, state in enumerate(used))
             row[i, j] = starts.setdefault(start, len(starts))
     way = routes(len(cargo.sizes), mesh, cargo, price).seconds(list(starts), targets)

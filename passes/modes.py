@@ -13,6 +13,11 @@
     3d         (q, q, q)   rows, columns and the summed dim of every matmul, weights over all three at rest
     auto       any         everything
 
+    pp         stages of consecutive segments, each on devices of its own, which cut the batch as ddp does
+    pp+zero    the same; in a stage as zero2
+    pp1d       in a stage parameters rest whole over axis 0, which cuts the batch, and are cut as in 1d over axis 1
+    pp2d, pp2.5d, pp3d, pp+sequence   in a stage as the mode they are named after
+
 ZeRO-1 shards the optimizer's state alone, so that each rank holds whole gradients after their sum. Here parameters
 rest as DTensors and their gradients are summed straight to the owner of a shard, which moves no more bytes and holds
 fewer: a plan for zero1 runs exactly as one for zero2.
@@ -25,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from autopar.core.errors import AutoparError, UnknownName
@@ -77,6 +82,7 @@ class Mode:
     axes: tuple[AxisMode, ...]
     shapes: Callable[[int], tuple[Shape, ...]]
     wants: str
+    staged: bool = False
 
     def on(self, shape: Shape) -> tuple[AxisMode, ...]:
         """What each axis of a mesh may do; a mode of one axis takes several of its kind.
@@ -128,6 +134,10 @@ def _grids(devices: int) -> tuple[Shape, ...]:
     return tuple(shape for shape in mesh_shapes(devices, 2) if len(shape) == 2)
 
 
+def _rows(devices: int) -> tuple[Shape, ...]:
+    return tuple((devices // n, n) for n in range(2, devices + 1) if devices % n == 0)
+
+
 def _square(devices: int) -> tuple[Shape, ...]:
     side = math.isqrt(devices)
     return ((side, side),) if side > 1 and side * side == devices else ()
@@ -170,7 +180,15 @@ _TABLE = (
          "depth x q x q devices (4, 8, 12, ...)"),
     Mode("3d", (_matmul("rows"), _matmul("columns"), _matmul("inner")), _cube, "q x q x q devices (8, 27, 64, ...)"),
 )
-MODES: dict[str, Mode] = {mode.name: mode for mode in _TABLE}
+_BY_NAME = {mode.name: mode for mode in _TABLE}
+_STAGED = (
+    Mode("pp", (_data("R"),), _line, "one axis", True),
+    Mode("pp+zero", (_data("K"),), _line, "one axis", True),
+    Mode("pp1d", (_data("R"), _TENSOR), _rows, "two axes, data and tensor", True),
+    *(replace(_BY_NAME[name], name=f"pp{name}", staged=True) for name in ("2d", "2.5d", "3d")),
+    replace(_BY_NAME["sequence"], name="pp+sequence", staged=True),
+)
+MODES: dict[str, Mode] = {mode.name: mode for mode in (*_TABLE, *_STAGED)}
 
 
 def mode_called(name: str) -> Mode:

@@ -348,7 +348,7 @@ def is_parameter(node: fx.Node, factored: Factored) -> bool:
 def _name(cluster: list[fx.Node], factored: Factored) -> str:
     last = cluster[-1]
     path = str(last.meta.get("path", "")).replace(".", "_")
-    op = str(call_of(last).target).removeprefix("aten.").partition(".")[0].strip("_")
+    op = str(call_of(last).target).removeprefix("aten.").removeprefix("autopar.").partition(".")[0].strip("_")
     if is_update(last, factored.program):
         return f"{path}_{op}"
     owns = any(is_parameter(factored.base(n)[0], factored) for n in tensor_operands(last))

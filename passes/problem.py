@@ -10,15 +10,17 @@ import torch
 from torch import fx
 
 from autopar.core.cluster import Cluster
+from autopar.core.collectives import inner_pricer
 from autopar.core.device import Device
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
+from autopar.core.observed import Factors
 from autopar.core.reshard import Cargo, Price, routes
 from autopar.core.routes import Seconds
 from autopar.core.sharding import Choice, Consumer, Flow, Instance, Node, Segment
 from autopar.core.spec import Spec, State, from_states
 from autopar.core.steps import States
-from autopar.passes.choices import op_choices, storage_choices
+from autopar.passes.choices import op_choices, scaled, storage_choices
 from autopar.passes.costs import Optimizer, slowest
 from autopar.passes.decision import Context, Decision
 from autopar.passes.exchanges import with_exchanges
@@ -39,7 +41,9 @@ class Setting:
     """Where and how a program is to run: mesh, cluster, optimizer, mode, bytes a device may hold.
 
     `pinned` fixes how parameters rest, by placeholder name, as an evaluation program must; `allowed` are the only
-    assignments of some ops, by name.
+    assignments of some ops, by name; `factors` are what was measured of classes of segments. The mesh is that of one of
+    `stages`, whose devices, stage by stage, are `layout`; the program is one of `micro_batches`. `budgets` are by
+    device where they differ.
     """
 
     mesh: Mesh
@@ -49,11 +53,22 @@ class Setting:
     budget: float = float("inf")
     pinned: dict[str, Storage] = field(default_factory=dict)
     allowed: dict[str, tuple[Assignment, ...]] = field(default_factory=dict)
+    factors: Factors = field(default_factory=dict)
+    stages: int = 1
+    micro_batches: int = 1
+    layout: tuple[int, ...] = ()
+    budgets: tuple[float, ...] = ()
 
     @cached_property
     def price(self) -> Price:
-        """Seconds of a collective."""
-        return self.cluster.pricer(self.mesh)
+        """Seconds of a collective; of stages, of all of them at once."""
+        if self.stages == 1:
+            return self.cluster.pricer(self.mesh)
+        return inner_pricer(self.cluster.pricer(Mesh((self.stages, *self.mesh.shape), self.layout)))
+
+    def budget_of(self, devices: tuple[int, ...]) -> float:
+        """Bytes that each of some devices may hold: all as many, or by what they have."""
+        return min(self.budgets[d] for d in devices) if self.budgets else self.budget
 
     @cached_property
     def device(self) -> Device:
@@ -145,8 +160,14 @@ class _Builder:
         options = self.setting.allowed.get(op.name) or tuple(
             assignments(op, mesh, self.setting.mode, self.context.through(op)))
         self.assigned[key] = options
-        choices = op_choices(self.context, op, options, mesh, self.setting.device)
+        choices = scaled(op_choices(self.context, op, options, mesh, self.setting.device), self._factor(key))
         self._add_node(key, op.name, with_exchanges(op, choices, options, mesh, self.setting.price), count)
+
+    def _factor(self, key: Key) -> tuple[float, float]:
+        """What the seconds of an op, by its key, are to be multiplied by."""
+        _, class_id, _ = key
+        assert isinstance(class_id, int)
+        return self.setting.factors.get(self.context.segmented.class_name(class_id), (1.0, 1.0))
 
     def _add_parameter(self, key: Key, node: fx.Node, count: int) -> None:
         factored, mesh = self.context.segmented.factored, self.setting.mesh
@@ -193,7 +214,7 @@ class _Builder:
 
     def _together(self, run: Run) -> Together:
         plain = self.context.segmented.factored.program.precision in ("fp32", "bf16")
-        return Together(1.0 if plain else 2.0, latency_share(run.parameters))
+        return Together(1.0 if plain else 2.0, latency_share(run.parameters), self.setting.micro_batches)
 
     def _parameter_tables(self, stored: tuple[Storage, ...], targets: tuple[States, ...], cargo: Cargo,
                           together: Together) -> tuple[Tables, Tables]:

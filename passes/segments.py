@@ -72,6 +72,10 @@ class Segmented:
             found.setdefault(segment.class_id, segment)
         return found
 
+    def class_name(self, class_id: int) -> str:
+        """The name of the first segment of a class."""
+        return self.representatives[class_id].name
+
     def producer(self) -> dict[fx.Node, int]:
         """Which op makes each result."""
         return {result.node: i for i, op in enumerate(self.ops) for result in op.results}

@@ -69,6 +69,10 @@ class Model:
         """A new variable that is 0 or 1."""
         return self._add(name, 1, pulp.LpInteger)
 
+    def whole(self, name: str, most: float) -> Variable:
+        """A new variable that is a whole number from 0 to `most`."""
+        return self._add(name, most, pulp.LpInteger)
+
     def amount(self, name: str) -> Variable:
         """A new variable of at least 0."""
         return self._add(name, None, pulp.LpContinuous)

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 
+from autopar.arguments import read_counts
 from autopar.comparison import compare
 from autopar.console.options import Options
 from autopar.console.progress import Progress, hushed
@@ -29,8 +30,9 @@ MOST_PROCESSES = 8
 def answer(options: Options, progress: Progress, start: float) -> str:
     """The plan as text to print; `start` is when the command started, of `time.perf_counter`. Raises AutoparError."""
     cluster = options.cluster or this_machine()
-    request = Request(options.model, options.mode, options.mesh, options.optimizer, options.memory_budget,
-                      options.solver, options.pins)
+    stages, mesh, parts = read_counts((options.pp, options.dp, options.tp, options.micro_batches), options.mesh)
+    request = Request(options.model, options.mode, mesh, options.optimizer, options.memory_budget, options.solver,
+                      options.pins, stages=stages, micro_batches=parts)
     check_shapes(request, cluster)  # before anything is built
     progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")
     built = build(options.model, options.batch, options.seq)
@@ -38,7 +40,7 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     with hushed(options.verbose):
         program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
     progress.doing("working out how each operation can be cut")
-    context = checked(prepare(program))
+    context = checked(prepare(program, cluster))
     if options.explain is not None:
         op_called(context, options.explain)  # refuses an unknown one before anything is solved
     progress.doing(f"solving for {cluster}")

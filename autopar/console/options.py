@@ -16,7 +16,8 @@ from autopar.core.reading import check_path
 from autopar.models.catalog import DEFAULT_BATCH, MODELS, check_name
 
 # Kept equal by a test to the tables behind them, which live beside torch or PuLP.
-MODES = ("auto", "ddp", "zero1", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d")
+MODES = ("auto", "ddp", "zero1", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d", "pp", "pp+zero",
+         "pp1d", "pp2d", "pp2.5d", "pp3d", "pp+sequence")
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
 PRECISIONS = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
 SOLVERS = ("cbc", "highs")
@@ -54,6 +55,10 @@ class Options:
     explain: str | None = None
     emit: Path | None = None
     pins: tuple[tuple[str, str], ...] = ()
+    pp: int | None = None
+    dp: int | None = None
+    tp: int | None = None
+    micro_batches: int | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,6 +112,11 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mode", choices=MODES, default="auto", metavar="M", help=_choices(MODES))
     group.add_argument("--mesh", type=read_mesh, metavar="SHAPE",
                        help="the grid of devices, such as 4x2 (default: the best of all shapes)")
+    group.add_argument("--pp", type=_count, metavar="N", help="stages of a pipeline (default: the best number)")
+    group.add_argument("--dp", type=_count, metavar="N", help="with --tp in place of --mesh: parts of the batch")
+    group.add_argument("--tp", type=_count, metavar="N", help="with --dp in place of --mesh: parts of parameters")
+    group.add_argument("--micro-batches", type=_count, metavar="N",
+                       help="micro-batches of a pipeline's step (default: the best number)")
     group.add_argument("--solver", choices=SOLVERS, default="cbc", metavar="S", help=_choices(SOLVERS))
     group.add_argument("--pin", action="append", type=_pin, default=[], dest="pins", metavar="OP=STRATEGY",
                        help="fix an op to a strategy, both as a plan prints them, such as 'up=S0R = S0R X RR'; may be "

@@ -73,6 +73,24 @@ class Pricer:
         return self.rates[primitive, axes].seconds(nbytes)
 
 
+def inner_pricer(pricer: Pricer) -> Pricer:
+    """The same seconds for a mesh without axis 0, along which as many meshes lie that all do the same at once."""
+    inner = {(primitive, tuple(axis - 1 for axis in axes)): rate for (primitive, axes), rate in pricer.rates.items()
+             if 0 not in axes}
+    return Pricer(f"{pricer.key} inner", inner)
+
+
+def stage_link(network: Network, pairs: tuple[tuple[int, int], ...]) -> tuple[float, float]:
+    """Seconds, and seconds a byte, of the slowest of messages that go from each first to each second device at once."""
+    if not pairs:
+        return 0.0, 0.0
+    leaving = Counter(network.hosts[a] for a, b in pairs if network.hosts[a] != network.hosts[b])
+    shared = (leaving[network.hosts[a]] / network.uplink_bytes_per_s[network.hosts[a]] for a, b in pairs
+              if network.hosts[a] != network.hosts[b])
+    return (max(network.latency(a, b) for a, b in pairs),
+            max(itertools.chain((1.0 / network.bandwidth(a, b) for a, b in pairs), shared)))
+
+
 def rates(network: Network, mesh: Mesh) -> dict[tuple[Primitive, tuple[int, ...]], Rate | Curve]:
     """The rate of every primitive over every set of axes, ascending."""
     measured = {(found.primitive, found.groups): found.curve for found in network.collectives}

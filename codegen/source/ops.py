@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from autopar.codegen.collectives import ReduceGradients
+from autopar.codegen.heads import LinearCrossEntropy
 from autopar.codegen.substitute import Attention, BatchNorm, Dropout, GlobalIndex, Uniform
 from autopar.codegen.vocabulary import PLAIN, CrossEntropy, Embedding, Places
 
@@ -155,6 +156,11 @@ def _cross_entropy(module: CrossEntropy, args: tuple[Any, ...], kwargs: dict[str
     return call(f"rank.{name}", args, {**kwargs, "rows": module.rows, "classes": module.classes, **_cut(module.places)})
 
 
+def _linear_cross_entropy(module: LinearCrossEntropy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Text:
+    return call("rank.linear_cross_entropy", args,
+                {**kwargs, "rows": module.rows, "classes": module.classes, **_cut(module.places)})
+
+
 MODULES: dict[type[nn.Module], Callable[..., Text]] = {
     ReduceGradients: _sum_gradients,
     BatchNorm: _batch_norm,
@@ -163,5 +169,6 @@ MODULES: dict[type[nn.Module], Callable[..., Text]] = {
     Attention: _attention,
     Embedding: _embedding,
     CrossEntropy: _cross_entropy,
+    LinearCrossEntropy: _linear_cross_entropy,
 }
 """What runs in place of ops, reshards aside, as calls of `Rank`: (module, its arguments) -> text."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from autopar.codegen.collectives import ReduceGradients, convert
 from autopar.codegen.communicator import Axes, Communicator, Group, connect
 from autopar.codegen.executable import seeds_of
+from autopar.codegen.heads import LinearCrossEntropy
 from autopar.codegen.primitives import LOCAL
 from autopar.codegen.substitute import Attention, BatchNorm, Dropout, GlobalIndex, Uniform
 from autopar.codegen.vocabulary import PLAIN, CrossEntropy, Embedding, Places
@@ -134,6 +135,13 @@ class Rank:
         """Cross entropy of rows cut over axes `rows` and classes over `classes`: a partial sum over both."""
         return self._loss("cross_entropy", rows, classes, self._places(whole, cut))(  # type: ignore[no-any-return]
             *operands, **options)
+
+    def linear_cross_entropy(self, *operands: Any, rows: Axes, classes: Axes, whole: Shape,
+                             cut: tuple[Axes, ...]) -> Tensor:
+        """Linear layer and cross entropy of rows cut over axes `rows` and classes over `classes`, in chunks of rows: a
+        partial sum over both."""
+        group, places = self.communicator.group, self._places(whole, cut)
+        return LinearCrossEntropy(group(rows), group(classes), places)(*operands)  # type: ignore[no-any-return]
 
     def nll_loss(self, *operands: Any, rows: Axes, classes: Axes, whole: Shape, cut: tuple[Axes, ...],
                  **options: Any) -> Tensor:

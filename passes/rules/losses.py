@@ -45,6 +45,13 @@ def nll(node: fx.Node) -> Rule | None:
     return None if found is None else Rule(found.notation, found.whole | {"c"}, found.special - {"c"})
 
 
+def linear_cross_entropy(node: fx.Node) -> Rule:
+    """Rows and classes may be cut as in cross entropy, whose logits are each of whole rows and columns."""
+    bias = "" if argument(node, 5, "bias", None) is None else ", n"
+    mean = argument(node, 3, "reduction", MEAN) == MEAN
+    return rule(f"t k, t, n k{bias} ->", whole="k", special="t n" if mean else "n")
+
+
 POINTWISE: dict[Any, int] = {
     aten.mse_loss.default: 2, aten.l1_loss.default: 2, aten.smooth_l1_loss.default: 2, aten.huber_loss.default: 2,
     aten.kl_div.default: 2, aten.soft_margin_loss.default: 2, aten.binary_cross_entropy.default: 3,

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from autopar.passes.functional import value_of
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
 from autopar.passes.rules import losses, moves, norms, reductions
 from autopar.passes.rules.nodes import RuleMaker, argument, attention_dropout, call_of, shape, tensor_operands
 from autopar.passes.rules.notation import Rule, letters, rule
@@ -144,6 +145,7 @@ RULES: dict[Any, Rule | RuleMaker] = {
     aten.rnn_relu.input: recurrent,
     aten.cross_entropy_loss.default: losses.cross_entropy,
     aten.nll_loss_nd.default: losses.nll,
+    LINEAR_CROSS_ENTROPY: losses.linear_cross_entropy,
     **dict.fromkeys(losses.POINTWISE, losses.pointwise_loss),
     **dict.fromkeys((
         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,

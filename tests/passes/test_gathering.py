@@ -34,7 +34,7 @@ def alone(storage: Storage, target: Spec, cargo: Cargo, mesh: Mesh, together: To
     again = 0.0 if storage.kept else forward
     backward = again + bandwidth("reduce_scatter", storage.gathered, scale * nbytes) if trained else 0.0
     summed = replicated_axes(start, target)
-    backward += bandwidth("all_reduce", summed, scale * nbytes)
+    backward += bandwidth("all_reduce", summed, scale * nbytes / mesh.extent(storage.gathered))
     path = cheapest_path(with_summed(start, summed), target, mesh, cargo, price)
     return forward + path.forward, backward + path.backward
 

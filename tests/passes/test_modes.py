@@ -22,14 +22,17 @@ from autopar.planner import Request, prepare, solve, verify
 from tests.builders import mlp
 
 Shape = tuple[int, ...]
-ONE_KIND = ("auto", "ddp", "zero1", "zero2", "zero3", "1d", "sequence")
+ONE_KIND = ("auto", "ddp", "zero1", "zero2", "zero3", "1d", "sequence", "pp", "pp+zero", "pp+sequence")
 TAKES: dict[str, Callable[[Shape], bool]] = {
     **dict.fromkeys(ONE_KIND, lambda _: True),
     "zero+1d": lambda shape: len(shape) == 2 and min(shape) > 1,
     "2d": lambda shape: len(shape) == 2 and shape[0] == shape[1] > 1,
     "2.5d": lambda shape: len(shape) == 3 and shape[1] == shape[2] > 1,
     "3d": lambda shape: len(shape) == 3 and shape[0] == shape[1] == shape[2] > 1,
+    "pp1d": lambda shape: len(shape) == 2 and shape[1] > 1,
 }
+TAKES |= {f"pp{mode}": TAKES[mode] for mode in ("2d", "2.5d", "3d")}
+ALONE = [mode for mode in MODES if not MODES[mode].staged]
 SHAPES = [shape for axes in range(1, 5) for shape in itertools.product(range(1, 5), repeat=axes)]
 
 
@@ -124,7 +127,7 @@ SLOW = {(mode, (2, 2, 2, 2)) for mode in ("auto", "1d", "sequence")}
 
 @pytest.mark.parametrize(("mode", "mesh"), [
     pytest.param(mode, mesh, marks=pytest.mark.slow if (mode, mesh) in SLOW else (), id=f"{mode}-{Mesh(mesh)}")
-    for mode in MODES for mesh in MESHES if TAKES[mode](mesh)])
+    for mode in ALONE for mesh in MESHES if TAKES[mode](mesh)])
 def test_plans_on_one_to_four_axes_verify(mode: str, mesh: Shape) -> None:
     plan = planned(mode, mesh)
     assert plan.mesh == mesh and len(mesh) <= MOST_AXES

@@ -81,7 +81,8 @@ def test_what_never_meets_the_batch_may_leave_its_gradient_partial() -> None:
 
 
 def test_modes() -> None:
-    assert set(MODES) == {"auto", "ddp", "zero1", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d"}
+    assert set(MODES) == {"auto", "ddp", "zero1", "zero2", "zero3", "1d", "sequence", "zero+1d", "2d", "2.5d", "3d",
+                          "pp", "pp+zero", "pp1d", "pp2d", "pp2.5d", "pp3d", "pp+sequence"}
     with pytest.raises(UnknownName, match=r"unknown mode '5d'; known: 1d, 2\.5d, 2d, 3d, auto, ddp"):
         mode_called("5d")
 

@@ -33,6 +33,12 @@ def test_on_two_ranks(pool: Any, tmp_path: Path, name: str, mode: str) -> None:
         assert_close(found, expected)
 
 
+def test_with_the_head_in_chunks(pool: Any, tmp_path: Path) -> None:
+    for expected, found in pool(2).run(both, "gpt2", {"mode": "1d", "head": "chunked"}, str(tmp_path)):
+        assert_close(found, expected)
+    assert "rank.linear_cross_entropy(" in (tmp_path / "step.py").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), ON_FOUR)
 def test_on_a_mesh_of_two_by_two(pool: Any, tmp_path: Path, name: str, mode: str) -> None:

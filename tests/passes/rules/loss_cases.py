@@ -82,4 +82,19 @@ def pointwise_loss_cases() -> Iterator[Any]:
                x(4, 8), x(4, 8))
 
 
-CASES = [*loss_cases(), *likelihood_cases(), *pointwise_loss_cases()]
+def head_cases() -> Iterator[Any]:
+    op = torch.ops.autopar.linear_cross_entropy
+
+    def loss(*options: Any) -> Callable[..., Tensor]:
+        return lambda h, y, v, *bias: op(h, y, v, *options, *bias)
+
+    yield case("head", "t n", op.default, op, x(8, 3), i(4, 8), w(4, 3))
+    yield case("head ignoring", "t n", op.default, op, x(8, 3), targets(8, 8), w(8, 3))
+    yield case("head ignoring a class, with bias", "t n", op.default, loss(1, 2), x(8, 3), i(4, 8), w(4, 3), w(4))
+    yield case("head summed", "t n", op.default, loss(2, -100), x(8, 3), targets(8, 4), w(4, 3), w(4))
+    yield case("head in fp32", "t n", op.default, loss(1, -100, None, torch.float64), x(8, 3), i(4, 8), w(4, 3))
+    yield case("head of many classes", "t_0 t_1 n_0", op.default,
+               lambda h, y, v: op(h.reshape(16, 3), y.view(16), v.reshape(16, 3)), x(4, 4, 3), i(16, 4, 4), w(4, 4, 3))
+
+
+CASES = [*loss_cases(), *head_cases(), *likelihood_cases(), *pointwise_loss_cases()]

@@ -1,0 +1,298 @@
+"""Plans with stages: for each number of stages, micro-batches and mesh a decision, and the best stages for it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+
+from autopar.codegen.entries import Assembly, Costed, assembly_of
+from autopar.codegen.executable import Executable, offline
+from autopar.codegen.executable import build as lower_all
+from autopar.codegen.lower import Target
+from autopar.core.cluster import Cluster
+from autopar.core.errors import AutoparError
+from autopar.core.mesh import Mesh
+from autopar.core.schedules import Pipe, Schedule, Timing, played
+from autopar.passes.choices import op_choices
+from autopar.passes.decision import Context, Decision, context
+from autopar.passes.micro import Micro, micro
+from autopar.passes.outline import outline
+from autopar.passes.problem import Problem, Setting, build, check_batch
+from autopar.passes.segments import annotate
+from autopar.passes.staged import as_staged
+from autopar.planned import Bytes, Pipelining, PlannedStage, Seconds
+from autopar.solver.assembly import Assembled, Priced, Taken, assemble, price
+from autopar.solver.optimise import Begun, begin, finish
+
+MOST_MICRO_BATCHES = 64
+MOST_FLIGHTS = 8
+"""Micro-batches for each stage, beyond which the pipeline's filling and draining are small already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Stages, micro-batches, and the mesh of a stage."""
+
+    stages: int
+    micro_batches: int
+    mesh: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.stages} stages x {Mesh(self.mesh)}, {self.micro_batches} micro-batches"
+
+
+@dataclass(eq=False)
+class MicroContexts:
+    """The annotated programs of a batch's micro-batches, by their number, each made once."""
+
+    whole: Context
+    made: dict[int, tuple[Context, Micro]] = field(default_factory=dict)
+
+    def of(self, parts: int) -> tuple[Context, Micro]:
+        """The program of one of `parts`. Raises AutoparError where the batch can't be cut so."""
+        if parts not in self.made:
+            cut = micro(self.whole, parts)
+            self.made[parts] = (self.whole if parts == 1 else context(annotate(cut.program))), cut
+        return self.made[parts]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """A decision for a shape, its stages and their price."""
+
+    shape: Shape
+    problem: Problem
+    decision: Decision
+    assembly: Assembly
+    assembled: Assembled
+    executable: Executable
+    bound: float
+    schedule: Schedule
+
+    @property
+    def seconds(self) -> float:
+        """Seconds a step."""
+        return step_seconds(self.assembly, self.assembled.taken, self.schedule)
+
+
+def staged_setting(setting: Setting, shape: Shape, layout: tuple[int, ...]) -> Setting:
+    """`setting` for the stages of a shape on `layout`."""
+    return replace(setting, mesh=Mesh(shape.mesh), stages=shape.stages, micro_batches=shape.micro_batches,
+                   layout=layout)
+
+
+def by_host(cluster: Cluster) -> tuple[int, ...]:
+    """All devices, those of a host together."""
+    return tuple(sorted(range(cluster.size), key=lambda d: (cluster.hosts[d], d)))
+
+
+def lowered(decision: Decision, setting: Setting) -> Executable:
+    """The program of a decision, lowered for the first device of a stage without connecting to others."""
+    return lower_all(Target(decision, offline(Mesh(setting.mesh.shape)), setting.price, torch.device("meta")))
+
+
+def begun(contexts: MicroContexts, setting: Setting, solver: str, limit_s: float) -> tuple[Problem, Begun]:
+    """The sharding problem of a shape, bounded. Raises AutoparError where it has no solution."""
+    ctx, _ = contexts.of(setting.micro_batches)
+    check_batch(ctx, setting)
+    problem = build(ctx, setting)
+    return problem, begin(as_staged(problem), solver=solver, limit_s=limit_s)
+
+
+def assembled(problem: Problem, found: Begun, solver: str, limit_s: float) -> Found:
+    """The best stages of the best decision of a shape. Raises Infeasible."""
+    setting = problem.setting
+    shape = Shape(setting.stages, setting.micro_batches, setting.mesh.shape)
+    solution = finish(found, math.inf, solver, limit_s)
+    assert solution is not None
+    decision = problem.decide(solution.choices)
+    executable = lowered(decision, setting)
+    ways: list[Found] = []
+    refusals: list[AutoparError] = []
+    for schedule in _schedules(executable, setting):
+        assembly = assembly_of(executable, setting, schedule)
+        try:
+            best = assemble(assembly.instance, solver, limit_s)
+            ways.append(Found(shape, problem, decision, assembly, best, executable, found.bound.seconds, schedule))
+        except AutoparError as refusal:
+            refusals.append(refusal)
+    if not ways:
+        raise refusals[0]
+    return min(ways, key=lambda way: way.seconds)
+
+
+def _schedules(executable: Executable, setting: Setting) -> list[Schedule]:
+    """Those that may be the best: a last stage with the first pays where they share parameters."""
+    tied = assembly_of(executable, setting, "1f1b").instance.ties
+    return ["1f1b", "looped"] if tied and setting.micro_batches > 1 else ["1f1b"]
+
+
+def pipelining_of(found: Found) -> Pipelining:
+    """The stages as a plan tells of them."""
+    names = [call.segment.name for call in found.executable.calls]
+    return Pipelining(tuple(_stages(found.assembly, found.assembled.taken, found.assembled.priced, names,
+                                    found.problem.setting)), found.shape.micro_batches, found.schedule)
+
+
+def _stages(assembly: Assembly, taken: Taken, priced: Priced, names: list[str],
+            setting: Setting) -> Iterator[PlannedStage]:
+    size, start = setting.mesh.size, 0
+    for j, (stage, place) in enumerate(zip(taken, assembly.instance.places, strict=True)):
+        count = sum(map(sum, stage))
+        entries = [call.entry for call in assembly.calls[start:start + count]]
+        at = j % assembly.instance.devices * size
+        yield PlannedStage(names[start], names[start + count - 1], count, setting.layout[at:at + size],
+                           place.slow * sum(e.forward for e in entries), place.slow * sum(e.backward for e in entries),
+                           priced.crossing[j] if j < len(priced.crossing) else 0.0, priced.nbytes[j], place.flight)
+        start += count
+
+
+def taken_of(assembly: Assembly, counts: list[int]) -> Taken:
+    """The stages that have so many segments each, by run."""
+    found, left = [], [run.count for run in assembly.instance.runs]
+    for count in counts:
+        stage = []
+        for r, have in enumerate(left):
+            here = min(have, count)
+            stage.append((here,))
+            left[r], count = have - here, count - here
+        found.append(tuple(stage))
+    return tuple(found)
+
+
+def _calls_on(assembly: Assembly, taken: Taken, device: int) -> tuple[tuple[Costed, int], ...]:
+    """The calls on one device, each with the micro-batches that its stage keeps."""
+    bounds = list(itertools.accumulate((sum(map(sum, stage)) for stage in taken), initial=0))
+    return tuple((call, assembly.instance.places[j].flight) for j in assembly.instance.on(device)
+                 for call in assembly.calls[bounds[j]:bounds[j + 1]])
+
+
+def timing_of(assembly: Assembly, taken: Taken) -> Timing:
+    """Seconds of each stage and cut."""
+    instance, priced = assembly.instance, price(assembly.instance, taken)
+    bounds = list(itertools.accumulate((sum(map(sum, stage)) for stage in taken), initial=0))
+    parts = [assembly.calls[a:b] for a, b in itertools.pairwise(bounds)]
+    return Timing(tuple(place.slow * sum(c.entry.forward for c in part)
+                        for place, part in zip(instance.places, parts, strict=True)),
+                  tuple(place.slow * sum(c.entry.backward for c in part)
+                        for place, part in zip(instance.places, parts, strict=True)), priced.crossing)
+
+
+def step_seconds(assembly: Assembly, taken: Taken, schedule: Schedule) -> float:
+    """Seconds of a step as its schedule plays, and of what is done once at its end."""
+    instance = assembly.instance
+    pipe = Pipe(len(taken), instance.devices, instance.micro_batches)
+    end = max(span.end_s for span in played(schedule, pipe, timing_of(assembly, taken)))
+    return end + price(instance, taken).finish
+
+
+def seconds_of(assembly: Assembly, taken: Taken, schedule: Schedule) -> Seconds:
+    """The parts of a step: those of the slowest device, and what it waits for the others."""
+    instance, priced = assembly.instance, price(assembly.instance, taken)
+    busy = [sum(priced.stages[j] for j in instance.on(device)) for device in range(instance.devices)]
+    slowest = max(range(instance.devices), key=busy.__getitem__)
+    on = [[call for call, _ in _calls_on(assembly, taken, device)] for device in range(instance.devices)]
+    slow, micro_batches, total = instance.places[slowest].slow, instance.micro_batches, step_seconds(assembly, taken,
+                                                                                                      schedule)
+    compute = micro_batches * slow * sum(c.tally.forward.sums.work + c.tally.backward.sums.work for c in on[slowest])
+    inline = micro_batches * slow * sum(c.tally.forward.inline + c.tally.backward.inline for c in on[slowest])
+    last = max(range(instance.devices), key=lambda device: sum(c.entry.step for c in on[device]))
+    optimizer = sum(c.optimizer for c in on[last])
+    exposed = max(0.0, micro_batches * busy[slowest] - compute - inline) + priced.finish - optimizer
+    return Seconds(total, compute, inline, exposed, optimizer, total - compute - inline - exposed - optimizer)
+
+
+def bytes_of(assembly: Assembly, taken: Taken) -> Bytes:
+    """The bytes of the fullest device by kind."""
+    priced = price(assembly.instance, taken)
+    fullest = max(range(assembly.instance.devices), key=priced.held.__getitem__)
+    calls = _calls_on(assembly, taken, fullest)
+    parameters, gradients, optimizer = (sum(getattr(call.memory, name) for call, _ in calls)
+                                        for name in ("parameters", "gradients", "optimizer"))
+    kept = sum(call.memory.activations + flight * call.entry.saved for call, flight in calls)
+    rest = priced.held[fullest] - parameters - gradients - optimizer - kept
+    return Bytes(parameters, gradients, optimizer, kept, rest)
+
+
+def shapes_to_try(cluster: Cluster, batch: int, segments: int, meshes: dict[int, tuple[tuple[int, ...], ...]],
+                  pinned: int | None) -> list[Shape]:
+    """Stages, micro-batches and meshes, of which `meshes` has those of a stage of so many devices."""
+    found = []
+    for size, shapes in meshes.items():
+        stages = cluster.size // size
+        if stages > segments:
+            continue
+        parts = [pinned] if pinned else [m for m in (2 ** i for i in range(20)) if batch % m == 0 and m > 1
+                                         and stages / 2 <= m <= MOST_FLIGHTS * stages]
+        found += [Shape(stages, m, shape) for shape in shapes for m in parts]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How pipelines are searched: the setting of one, the solver and its seconds, and who is told."""
+
+    setting: Setting
+    solver: str
+    limit_s: float
+    report: Callable[[str], None]
+
+
+def least_work(ctx: Context, setting: Setting) -> float:
+    """Seconds that one device would compute for, without what it takes to launch kernels: a share of these is what
+    each of several computes for at least, however ops and batch are cut."""
+    device, mesh, found = replace(setting.device, launch_s=1e-12), Mesh((1,)), 0.0
+    for op, count in outline(ctx).ops.values():
+        choice, = op_choices(ctx, op, [("R",)], mesh, device)
+        found += count * (choice.forward + choice.backward)
+    return found
+
+
+def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked: Asked,
+           beat: float) -> tuple[Found | None, float, list[tuple[str, float]], list[AutoparError]]:
+    """The best of the shapes that takes fewer seconds than `beat`, a lower bound of all, the runners-up, and refusals.
+
+    Shapes are looked at from the least work a device on; what can't beat the best so far is passed over.
+    """
+    work, layout = least_work(contexts.whole, asked.setting) / cluster.size, by_host(cluster)
+    bounds = {shape: work * (1.0 + (shape.stages - 1) / shape.micro_batches) for shape in shapes}
+    best, least, told, refusals = None, math.inf, list[tuple[str, float]](), list[AutoparError]()
+    end = time.perf_counter() + asked.limit_s
+    for shape in sorted(shapes, key=bounds.__getitem__):
+        most = min(beat, best.seconds if best else math.inf)
+        if bounds[shape] >= most or (best and time.perf_counter() > end):
+            least = min(least, bounds[shape])
+            break
+        try:
+            setting = staged_setting(asked.setting, shape, layout)
+            problem, bounded = begun(contexts, setting, asked.solver, asked.limit_s)
+            least = min(least, bounded.bound.seconds)
+            if bounded.bound.seconds >= most:
+                asked.report(f"{shape}: at least {1e3 * bounded.bound.seconds:.3f} ms a step")
+                continue
+            found = assembled(problem, bounded, asked.solver, asked.limit_s)
+        except AutoparError as refusal:
+            refusals.append(refusal)
+            continue
+        asked.report(f"{shape}: {1e3 * found.seconds:.3f} ms a step")
+        told.append((str(found.shape), found.seconds))
+        best = found if found.seconds < most else best
+    return best, least, sorted(told, key=lambda each: each[1]), refusals
+
+
+def recomputed(pipelining: Pipelining, decision: Decision, setting: Setting) -> tuple[float, float]:
+    """(seconds, bytes) of stages from their lowered program. Raises AutoparError where they are not of its segments."""
+    schedule = cast(Schedule, pipelining.schedule)
+    assembly = assembly_of(lowered(decision, setting), setting, schedule)
+    counts = [stage.segments for stage in pipelining.stages]
+    if sum(counts) != len(assembly.calls):
+        raise AutoparError(f"the plan's stages have {sum(counts)} segments, the program has {len(assembly.calls)}; the "
+                           "plan was edited or made by another version: plan again")
+    taken = taken_of(assembly, counts)
+    return step_seconds(assembly, taken, schedule), max(price(assembly.instance, taken).held)

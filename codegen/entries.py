@@ -1,0 +1,142 @@
+"""A lowered program as an assembly of stages sees it: runs of equal segments, what each costs, what crosses a cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopar.codegen.executable import Call, Executable
+from autopar.codegen.reprice import Memory, Tally, tally_calls
+from autopar.codegen.stages import ports_behind
+from autopar.core.collectives import stage_link
+from autopar.core.schedules import Pipe, Schedule, in_flight
+from autopar.core.sharding import Sums
+from autopar.passes.costs import MASTER_BYTES, slowest
+from autopar.passes.decision import Decision
+from autopar.passes.layout import itemsize, whole_bytes
+from autopar.passes.moments import held
+from autopar.passes.problem import Setting
+from autopar.passes.strategies import Storage
+from autopar.solver.assembly import Entry, Instance, Place, Run, Tie, waits
+
+
+@dataclass(frozen=True, slots=True)
+class Costed:
+    """One call of a program: its tally, entry and bytes by kind, and the bytes that a device sends behind it."""
+
+    tally: Tally
+    entry: Entry
+    memory: Memory
+    optimizer: float
+    sent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """The instance of a program's stages, and its calls one by one."""
+
+    instance: Instance
+    calls: tuple[Costed, ...]
+
+
+def assembly_of(executable: Executable, setting: Setting, schedule: Schedule) -> Assembly:
+    """The assembly problem of a lowered program in a setting with stages."""
+    pipe = pipe_of(schedule, setting)
+    calls = _calls(executable, setting)
+    lowered = [id(call.lowered) for call in executable.calls]
+    runs = [list(run) for run in _alike(calls, lowered)]
+    made = tuple(Run(executable.calls[run[0]].segment.name, len(run), (calls[run[0]].entry,), calls[run[0]].sent,
+                     calls[run[-1]].sent) for run in runs)
+    return Assembly(Instance(made, _places(setting, pipe, schedule), setting.micro_batches,
+                             _ties(executable, runs, setting), pipe.devices), calls)
+
+
+def pipe_of(schedule: Schedule, setting: Setting) -> Pipe:
+    """The pipeline of a setting: by the schedule "looped" with a stage more than there are places."""
+    return Pipe(setting.stages + (schedule == "looped"), setting.stages, setting.micro_batches)
+
+
+def _alike(calls: Sequence[Costed], lowered: Sequence[int]) -> list[list[int]]:
+    """Runs of equal calls, behind each of which but the last as much is sent."""
+    runs: list[list[int]] = []
+    for i, key in enumerate(lowered):
+        last = runs[-1] if runs else []
+        if last and lowered[last[-1]] == key and (len(last) == 1 or calls[last[0]].sent == calls[last[-1]].sent) \
+                and calls[last[-1]].entry == calls[i].entry:
+            last.append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _calls(executable: Executable, setting: Setting) -> tuple[Costed, ...]:
+    sent = [sum(port.nbytes for port in ports) for ports in ports_behind(executable)]
+    return tuple(_call(call, tally, executable.decision, setting, nbytes)
+                 for call, tally, nbytes in zip(executable.calls, tally_calls(executable, setting), sent, strict=True))
+
+
+def _call(call: Call, tally: Tally, decision: Decision, setting: Setting, sent: float) -> Costed:
+    nodes = [node for node in dict.fromkeys(call.segment.externals) if node in decision.storage]
+    kept = [held(decision.context, n, decision.storage[n], decision.mesh, setting.optimizer.state_bytes) for n in nodes]
+    gradients = sum(_gradient(decision, n, decision.storage[n], h.gradient) for n, h in zip(nodes, kept, strict=True))
+    parameters, state = sum(h.parameter for h in kept), sum(h.state for h in kept)
+    copies, working = sum(h.copy for h in kept), tally.working + sum(h.working for h in kept)
+    optimizer = sum(_step_seconds(decision, n, setting) for n in nodes)
+    forward, backward = (each.sums.work + each.inline + Sums(each.sums.work, each.inline, each.again).exposed
+                         for each in (tally.forward, tally.backward))
+    static = parameters + state + gradients + copies
+    entry = Entry(forward, backward, tally.once + optimizer, static, tally.saved, working)
+    return Costed(tally, entry, Memory(parameters, gradients, state, copies, working), optimizer, sent)
+
+
+def _gradient(decision: Decision, node: fx.Node, storage: Storage, resting: float) -> float:
+    """Bytes of a gradient while micro-batches add to it: whole over the axes it is scattered over at the end."""
+    if not storage.gathered or not resting:
+        return resting
+    factored = decision.context.segmented.factored
+    used = whole_bytes(factored, node) / decision.mesh.extent(storage.spec(decision.context.rank(node), False).axes)
+    return used / itemsize(node) * MASTER_BYTES
+
+
+def _step_seconds(decision: Decision, node: fx.Node, setting: Setting) -> float:
+    if node not in decision.context.gradients:
+        return 0.0
+    elements = whole_bytes(decision.context.segmented.factored, node) / itemsize(node)
+    parts = decision.storage[node].resting_parts(decision.mesh)
+    return elements / parts * setting.optimizer.step_bytes / setting.device.memory_bytes_per_s
+
+
+def _places(setting: Setting, pipe: Pipe, schedule: Schedule) -> tuple[Place, ...]:
+    """Where each stage runs."""
+    size, found = setting.mesh.size, []
+    shown = waits(pipe.stages) if schedule == "1f1b" else (0.0,) * pipe.stages
+    parts = [setting.layout[j * size:(j + 1) * size] for j in range(pipe.devices)]
+    for j in range(pipe.stages):
+        mine, following = (parts[i % pipe.devices] for i in (j, j + 1))
+        alpha, beta = stage_link(setting.cluster, tuple(zip(mine, following, strict=False)))
+        here = slowest([setting.cluster.devices[d] for d in mine])
+        slow = setting.device.matmul_flops("bf16") / here.matmul_flops("bf16")
+        found.append(Place(setting.budget_of(mine), slow, in_flight(schedule, pipe, j), alpha, beta, shown[j]))
+    return tuple(found)
+
+
+def _ties(executable: Executable, runs: Sequence[Sequence[int]], setting: Setting) -> tuple[Tie, ...]:
+    """Runs that read one parameter, whose gradients are added up where they are on different stages."""
+    decision, readers = executable.decision, dict[fx.Node, list[int]]()
+    for r, run in enumerate(runs):
+        for node in dict.fromkeys(n for i in run for n in executable.calls[i].segment.externals):
+            if node in decision.storage and node in decision.context.gradients:
+                readers.setdefault(node, []).append(r)
+    size = setting.mesh.size
+    links = [stage_link(setting.cluster, tuple(zip(setting.layout[:size], setting.layout[-size:], strict=True)))]
+    found = []
+    for node, places in readers.items():
+        for first, second in itertools.pairwise(places):
+            factored = decision.context.segmented.factored
+            nbytes = (whole_bytes(factored, node) / itemsize(node) * MASTER_BYTES
+                      / decision.storage[node].resting_parts(decision.mesh))
+            found.append(Tie(first, second, max(alpha + beta * nbytes for alpha, beta in links)))
+    return tuple(found)

@@ -1,0 +1,308 @@
+"""A step of a pipeline: the whole schedule inside of one call, its gradients kept for the loss's backward.
+
+    a call            every action of the schedule in order; receives one action ahead; at the end the sums of gradients
+                      that are made once a step, and those of parameters that several stages read
+    loss.backward()   what was kept, times the gradient of the loss, goes to `.grad` as that of any loss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
+
+from autopar.codegen import private
+from autopar.codegen.channels import Message, Post
+from autopar.codegen.communicator import Axes, Communicator, Group
+from autopar.codegen.engine import Engine, Parameters
+from autopar.codegen.executable import Executable, Values, seeds_for
+from autopar.codegen.primitives import all_gather, all_reduce
+from autopar.codegen.stages import Port, Stage
+from autopar.codegen.tape import Pass, Sums
+from autopar.core.errors import AutoparError
+from autopar.core.schedules import Action, Pipe, Schedule, actions
+from autopar.passes.decision import Decision
+from autopar.passes.micro import Count
+
+BUCKET_BYTES = 2**25
+"""Gradients smaller than this are summed together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """One rank's part of a pipelined program: its stages, how a batch becomes micro-batches, what a loss counts.
+
+    `cut` are the axes over which ranks of a stage have different samples, `spread` says whether the stages' ranks have
+    different ones too.
+    """
+
+    decision: Decision
+    stages: tuple[Stage, ...]
+    pipe: Pipe
+    schedule: Schedule
+    counts: dict[str, Count]
+    cut: Axes
+    spread: bool
+    batched: frozenset[fx.Node]
+
+    def compiled(self, compiler: Callable[[Executable], Executable]) -> Staged:
+        """The same with its stages' calls compiled."""
+        return replace(self, stages=tuple(replace(stage, executable=compiler(stage.executable))
+                                          for stage in self.stages))
+
+    @property
+    def training(self) -> bool:
+        """Whether it has a backward."""
+        return self.decision.context.segmented.factored.program.training
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Where a rank stands in the pipeline: its place, its column (one rank a place, joined by `group`), its stage's
+    ranks, its links."""
+
+    place: int
+    group: Group
+    inside: Communicator
+    post: Post
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A micro-batch in a stage, between forward and backward."""
+
+    running: Pass
+    came: Values
+    made: Values
+
+
+@dataclass(eq=False)
+class Step:
+    """The run of one schedule."""
+
+    staged: Staged
+    line: Line
+    engines: dict[int, Engine]
+    sums: dict[int, Sums]
+    given: list[Values]
+    seed: tuple[int, int]
+    scale: float
+    flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
+    coming: dict[Action, Message] = field(default_factory=dict)
+    losses: list[Values] = field(default_factory=list)
+
+    def play(self, order: Sequence[Action]) -> None:
+        """Run all actions."""
+        last = {action.stage: action for action in order if action.phase == "backward"}
+        for action, following in zip(order, [*order[1:], None], strict=True):
+            self._expect(action)
+            if following is not None:
+                self._expect(following)
+            if action.phase == "forward":
+                self._forward(action)
+            else:
+                self._backward(action, action is last[action.stage])
+        self.line.post.finish()
+
+    def _stage(self, action: Action) -> Stage:
+        return next(stage for stage in self.staged.stages if stage.index == action.stage)
+
+    def _expect(self, action: Action) -> None:
+        """Start to receive what an action needs."""
+        if action in self.coming:
+            return
+        stage = self._stage(action)
+        forward = action.phase == "forward"
+        cut, ports = (action.stage - 1, list(stage.received)) if forward else (action.stage,
+                                                                              _differentiable(stage.sent))
+        inside = 0 <= cut < self.staged.pipe.stages - 1
+        self.coming[action] = self.line.post.receive(cut, action.phase, ports) if inside else Message([], [])
+
+    def _forward(self, action: Action) -> None:
+        stage = self._stage(action)
+        came = dict(zip((port.node for port in stage.received), self.coming.pop(action).wait(), strict=True))
+        if self.staged.training:
+            for port in _differentiable(stage.received):
+                came[port.node].requires_grad_()
+        step = self.seed[1] * self.staged.pipe.micro_batches + action.micro
+        engine = self.engines[stage.index]
+        running = Pass(engine, {**self.given[action.micro], **came},
+                       seeds_for(stage.executable, (self.seed[0], step), self.line.post.device))
+        live = self.staged.training and torch.is_grad_enabled()
+        values = {**came, **(running.forward() if live else engine.run(running.given, running.seeds, None))}
+        if action.stage < self.staged.pipe.stages - 1:
+            self.line.post.send(action.stage, "forward", [values[port.node].detach() for port in stage.sent])
+        else:
+            self.losses.append({port.node: values[port.node].detach() for port in stage.sent})
+        if live:
+            self.flights[action.stage, action.micro] = _Flight(running, came, values)
+
+    def _backward(self, action: Action, last: bool) -> None:
+        stage, flight = self._stage(action), self.flights.pop((action.stage, action.micro))
+        sent, came = _differentiable(stage.sent), _differentiable(stage.received)
+        if action.stage == self.staged.pipe.stages - 1:
+            self.coming.pop(action)
+            grads = [torch.full_like(flight.made[port.node], self.scale) for port in sent]
+        else:
+            grads = self.coming.pop(action).wait()
+        passed = {port.node: grad for port, grad in zip(sent, grads, strict=True) if port.node in flight.came}
+        roots = {port.node: grad for port, grad in zip(sent, grads, strict=True)
+                 if port.node not in flight.came and flight.made[port.node].requires_grad}
+        found = flight.running.tape.part(roots, self.sums[action.stage], last)
+        if action.stage > 0:
+            self.line.post.send(action.stage - 1, "backward", [
+                _gradient(flight.came[port.node], found.get(port.node), passed.get(port.node)) for port in came])
+
+
+def _differentiable(ports: Sequence[Port]) -> list[Port]:
+    return [port for port in ports if port.differentiable]
+
+
+def _gradient(value: Tensor, *parts: Tensor | None) -> Tensor:
+    """The gradient of a value that came: of its uses here, and of what it was handed on to."""
+    found = [grad for grad in parts if grad is not None]
+    return sum(found[1:], found[0]) if found else torch.zeros_like(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """Runs steps on one rank. `parameters` are those it holds, by name; `shared` the groups of ranks of other stages
+    that hold the same part of one, for those that several stages read."""
+
+    line: Line
+    bringing: Parameters
+    parameters: Callable[[], dict[str, nn.Parameter]]
+    shared: dict[str, Group]
+    engines: dict[int, Engine] = field(default_factory=dict)
+
+    def __call__(self, staged: Staged, given: Values, seed: tuple[int, int]) -> Values:
+        """The program's outputs; the loss brings the gradients along when its backward is called."""
+        scale, order = 1.0, actions(staged.schedule, staged.pipe, self.line.place)
+        engines = {stage.index: self._engine(stage) for stage in staged.stages}
+        sums = {index: Sums(self.bringing, staged.pipe.micro_batches > 1) for index in engines}
+        step = Step(staged, self.line, engines, sums, self._parts(staged, given), seed, scale)
+        try:
+            for engine in engines.values():
+                engine.release()
+            if not (staged.training and torch.is_grad_enabled()):
+                with torch.no_grad():
+                    step.play([action for action in order if action.phase == "forward"])
+                return self._told(staged, step)
+            step.play(order)
+            held = {name: p for name, p in self.parameters().items() if p.requires_grad}
+            kept = self._finished(sums, held)
+        finally:
+            for engine in engines.values():
+                engine.release()
+        return {node: _with_gradients(value, kept, list(held.values()), scale)
+                for node, value in self._told(staged, step).items()}
+
+    def _engine(self, stage: Stage) -> Engine:
+        """What runs a stage, its parameters gathered once a step."""
+        return self.engines.setdefault(id(stage), Engine(stage.executable, self.bringing, "for a step"))
+
+    def _parts(self, staged: Staged, given: Values) -> list[Values]:
+        """What each micro-batch is given: its samples, the counts of the whole batch, and all else as it is."""
+        mine = {node: all_gather(value, self.line.group, 0) if staged.spread and node in staged.batched else value
+                for node, value in given.items()}
+        mine |= self._counted(staged, mine)
+        parts = staged.pipe.micro_batches
+        cut = {node: value.chunk(parts) for node, value in mine.items() if node in staged.batched}
+        return [{**mine, **{node: chunks[m] for node, chunks in cut.items()}} for m in range(parts)]
+
+    def _counted(self, staged: Staged, mine: Values) -> Values:
+        """What losses divide by, of the samples of all ranks of a stage."""
+        program = staged.decision.context.segmented.factored.program
+        nodes = {node.name: node for node in program.placeholders("input")}
+        group = self.line.inside.group(staged.cut)
+        found: Values = {}
+        for name, count in staged.counts.items():
+            whole = {each: all_gather(mine[nodes[each]], group, 0) if group.size > 1 and nodes[each] in staged.batched
+                     else mine[nodes[each]] for each in count.inputs}
+            found[program.node(name)] = count.of(whole)
+        return found
+
+    def _told(self, staged: Staged, step: Step) -> Values:
+        """The outputs, summed over micro-batches and told to all stages by the last."""
+        outputs = [factored_base(staged.decision, o) for o in
+                   staged.decision.context.segmented.factored.program.whole_outputs()]
+        found: Values = {}
+        for node in dict.fromkeys(outputs):
+            parts = [values[node] for values in step.losses]
+            mine = torch.stack(parts).float().sum(0) if parts else torch.zeros((), device=self.line.post.device)
+            found[node] = all_reduce(mine, self.line.group).to(node.meta["val"].dtype)
+        return found
+
+    def _finished(self, sums: dict[int, Sums], held: dict[str, nn.Parameter]) -> list[Tensor | None]:
+        """The gradients, summed over the ranks of the stage and over the stages that read a parameter."""
+        grads: dict[str, Tensor] = {}
+        for each in sums.values():
+            for name, grad in each.finish().items():
+                grads[name] = grads[name] + grad if name in grads else grad
+        for name, group in self.shared.items():  # in one order on all ranks
+            if name in held:
+                grads[name] = grads.get(name, torch.zeros_like(_local(held[name])))
+                _sum_in_place([grads[name]], group)
+        return [_resting(grads.get(name), p) for name, p in held.items()]
+
+
+def _resting(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """A gradient as its parameter lies."""
+    if grad is None or not isinstance(parameter, DTensor):
+        return grad
+    return private.distributed(grad.contiguous(), private.spec_of(parameter))
+
+
+def factored_base(decision: Decision, node: fx.Node) -> fx.Node:
+    """The value that an output renames."""
+    return decision.context.segmented.factored.base(node)[0]
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _sum_in_place(tensors: list[Tensor], group: Group) -> None:
+    """Sum each over the ranks of `group`, small ones together."""
+    if group.size == 1:
+        return
+    bucket: list[Tensor] = []
+    for tensor in [*tensors, None]:
+        if tensor is not None:
+            bucket.append(tensor)
+        if bucket and (tensor is None or sum(t.nbytes for t in bucket) >= BUCKET_BYTES):
+            flat = bucket[0].reshape(-1) if len(bucket) == 1 else torch.cat([t.reshape(-1) for t in bucket])
+            parts = all_reduce(flat, group).split([t.numel() for t in bucket])
+            for place, part in zip(bucket, parts, strict=True):
+                place.copy_(part.view(place.shape))
+            bucket = []
+
+
+class _Kept(torch.autograd.Function):
+    """The loss as it is; its backward hands out gradients that are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, kept: list[Tensor | None], scale: float, *_: nn.Parameter) -> Tensor:
+        ctx.kept, ctx.scale = [kept], scale
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if not ctx.kept:
+            raise AutoparError("backward is called a second time on the loss of a pipeline, whose gradients are handed "
+                               "out once; call the model again for another")
+        kept = ctx.kept.pop()
+        for each in kept:
+            if each is not None:
+                local = _local(each)
+                local.mul_((grad / ctx.scale).to(local.dtype))
+        return None, None, None, *kept
+
+
+def _with_gradients(loss: Tensor, kept: list[Tensor | None], parameters: list[nn.Parameter], scale: float) -> Tensor:
+    found: Tensor = _Kept.apply(loss, kept, scale, *parameters)  # type: ignore[no-untyped-call]
+    return found
