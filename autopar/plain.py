@@ -27,6 +27,10 @@ def check_plain(model: nn.Module, loss_fn: Any) -> None:
     if waiting:
         raise AutoparError(f"tensors of the model have no shape yet: {some(waiting)}; call it once on a batch, then "
                            "compile it")
+    complex_ones = [name for name, parameter in model.named_parameters() if parameter.is_complex()]
+    if complex_ones:
+        raise AutoparError(f"parameters are complex: {some(complex_ones)}, of which ranks can't sum gradients; hold "
+                           "real ones, with a last dim of 2, and use torch.view_as_complex of them")
     _check_hooks(model)
     sharded = [name for name, tensor in held_by(model).items() if isinstance(tensor, DTensor)]
     if sharded:

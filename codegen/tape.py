@@ -165,7 +165,7 @@ class _Backward:
                 self.waiting[node] = self.waiting[node] + grad if node in self.waiting else grad
         over = _over(self.tape.engine.executable.calls[taped.place])
         for (name, x), grad in zip(wanted.items(), found[len(taped.leaves):], strict=True):
-            self.sums.add(name, over[name], torch.zeros_like(x) if grad is None else grad)
+            self.sums.add(name, over[name], torch.zeros_like(x) if grad is None else grad.resolve_conj())
 
 
 def _over(call: Call) -> dict[str, Axes]:

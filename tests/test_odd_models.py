@@ -73,7 +73,9 @@ def counting(net: Any, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def complex_numbers(net: Any, x: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy((x.to(torch.complex64) @ net.weight).abs() + net.logits(x), labels)
+    weight = torch.view_as_complex(net.weight)
+    turned = torch.view_as_complex(net.first(x).unflatten(-1, (4, 2))) * torch.polar(torch.ones(4), torch.arange(4.0))
+    return F.cross_entropy((x.to(torch.complex64) @ weight).abs() + torch.view_as_real(turned).sum(-1), labels)
 
 
 def words(net: Any, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -126,8 +128,7 @@ SAME: dict[str, Callable[[], Odd]] = {
     "keywords alone, a tuple out": lambda: Odd(Net(by_keyword), dict(zip(("x", "labels"), batch(), strict=True)),
                                                find=lambda out: out[0]),
     "buffers that count": lambda: Odd(Net(counting, steps=torch.zeros(()), mean=torch.zeros(8)), batch()),
-    "complex parameters": lambda: Odd(holding(Net(complex_numbers), weight=nn.Parameter(
-        torch.randn(8, 4, dtype=torch.complex64))), batch()),
+    "complex numbers": lambda: Odd(holding(Net(complex_numbers), weight=nn.Parameter(torch.randn(8, 4, 2))), batch()),
     "sparse gradients": lambda: Odd(holding(Net(words), words=nn.Embedding(10, 8, sparse=True)),
                                     (torch.randint(0, 10, (8, 5)), batch()[1])),
     "tensors held elsewhere": lambda: Odd(Net(held_elsewhere), batch()),
@@ -212,6 +213,8 @@ REFUSED: dict[str, tuple[Callable[[], Odd], str]] = {
     "autocast": (lambda: Odd(Net(cast), batch()), 'autocast to torch.bfloat16 on .*precision="bf16-mixed"'),
     "scripted": (lambda: Odd(torch.jit.script(sequence(nn.Linear(8, 8))), batch(), F.cross_entropy), "is scripted"),
     "no shapes yet": (lambda: Odd(sequence(nn.LazyLinear(8)), batch(), F.cross_entropy), "no shape yet.*call it once"),
+    "complex parameters": (lambda: Odd(holding(nn.Linear(8, 4), w=nn.Parameter(torch.ones(2, dtype=torch.complex64))),
+                                       batch(), F.cross_entropy), "are complex: w.*view_as_complex"),
     "a loss that learns": (lambda: Odd(nn.Linear(8, 4), batch(), nn.PReLU()), "loss_fn has parameters: weight"),
 }
 
