@@ -27,6 +27,7 @@ from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
 from autopar.codegen.paths import Under
 from autopar.codegen.replay import Launches, Replays
 from autopar.codegen.sampler import sampler_over
+from autopar.codegen.surroundings import apart, check_moved, parallel_already
 from autopar.codegen.tape import Pass, stepped
 from autopar.codegen.travel import Member, Unit
 from autopar.codegen.values import Values as FirstValues
@@ -109,6 +110,10 @@ class ParallelModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain model's forward; the loss is the mean over the global batch on every rank, other outputs are
         DTensors where they are kept."""
+        with apart(self._site.device, self._batches.plans.program.precision):
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self._batches.bind(args, kwargs, self.training, self._site.device)
         values = self._run(bound.executable, self._given(bound))
         self._steps += self.training
@@ -156,6 +161,17 @@ class ParallelModule(nn.Module):
 
     def _tensor(self, name: str) -> Tensor:
         return self._owner[name].parameter(name) if name in self._owner else self.get_buffer_called(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelModule:
+        """What `to`, `half`, `cuda` and their kin do. Raises AutoparError for another dtype or device."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            check_moved(fn, tensor)
+        return self
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """What DistributedDataParallel asks of a module first."""
+        raise parallel_already()
 
     def children(self) -> Iterator[nn.Module]:
         """What all modules' own calls, such as `to`, go on to."""

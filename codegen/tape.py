@@ -229,7 +229,7 @@ class Step(torch.autograd.Function):
     def forward(ctx: Any, step: Stepping, nodes: list[fx.Node], names: tuple[str, ...],
                 *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.step, ctx.names = step, names
+        ctx.step, ctx.names, ctx.over = step, names, False
         ctx.specs = tuple(private.spec_of(p) if isinstance(p, DTensor) else None for p in parameters)
         values = step.forward()
         nodes += values
@@ -240,6 +240,10 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.over:
+            raise AutoparError("a second backward through one forward, whose values are gone with the first; give "
+                               "retain_graph=True to the first one")
+        ctx.over = not private.keeps_graph()
         given = {node: grad for node, grad in zip(ctx.nodes, grads, strict=True) if grad is not None}
         found = ctx.step.backward(given, private.keeps_graph())
         at_rest = (_at_rest(found.get(name), spec) for name, spec in zip(ctx.names, ctx.specs, strict=True))
