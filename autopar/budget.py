@@ -18,6 +18,7 @@ from autopar.codegen.executable import Call, Executable, build, offline
 from autopar.codegen.lower import Target
 from autopar.codegen.reprice import Memory, copied, reprice, retained_by, tally_calls
 from autopar.codegen.retained import Retained, fuses
+from autopar.codegen.site import Draws
 from autopar.core.checkpoint import Kept, Local
 from autopar.core.errors import Infeasible
 from autopar.core.levels import Counts, Entry, Step, Stretch
@@ -27,10 +28,12 @@ from autopar.passes.moments import Held, held
 from autopar.passes.problem import Problem, Setting
 from autopar.solver.checkpoint import menu
 from autopar.solver.levels import solve
-from autopar.solver.optimise import optimise
+from autopar.solver.optimise import least_bytes, optimise, roughly
 
-PARTS = ((0.6, 0.0), (0.3, 0.2), (0.1, 1.0))
-"""Of results' bytes and of their making's seconds, the parts that shardings are sought with."""
+PART = 0.1
+"""Of results' bytes, what is kept where shardings are sought that go with recomputation."""
+SHARES = (1e-6, 0.25, 0.6)
+"""The budgets that they are sought within, from the least to what the fastest takes."""
 ROUNDING = 1e-9
 
 
@@ -74,43 +77,51 @@ def recomputing(decision: Decision, setting: Setting, solver: str = "cbc") -> Wi
 def best_within(problem: Problem, solver: str, beat: float, limit_s: float) -> Within | None:
     """The fastest of some shardings with what they keep, None where none takes fewer seconds than `beat`.
 
-    The shardings are the best without a budget, and those with one where results take a part of their bytes and their
-    making a part of its seconds again. Raises Infeasible with the least budget that would do.
+    The shardings do not depend on the budget, so that more of it is never slower. Raises Infeasible with the least
+    budget that would do.
     """
     found: Within | None = None
     refusals: list[Infeasible] = []
-    for choices in _shardings(problem, solver, limit_s):
+    fits = False
+    for choices in shardings(problem.instance, solver, limit_s):
         try:
             made = recomputing(problem.decide(choices), problem.setting, solver)
         except Infeasible as refusal:
             refusals.append(refusal)
             continue
+        fits = True
         if made.priced.seconds < min(beat, found.priced.seconds if found else math.inf):
             found = made
-    if found is None and refusals:
+    if not fits:
         raise min(refusals, key=lambda refusal: refusal.least_budget_bytes or math.inf)
     return found
 
 
-def _shardings(problem: Problem, solver: str, limit_s: float) -> Iterator[tuple[int, ...]]:
-    """Choices that may be good with recomputation; of those that come to the same one."""
-    free, known = replace(problem.instance, budget=math.inf), set[Priced]()
-    for choices in _sought(free, problem.instance.budget, solver, limit_s):
+def shardings(instance: Instance, solver: str, limit_s: float) -> Iterator[tuple[int, ...]]:
+    """Choices that may be good with recomputation, whatever the budget; of those that come to the same one.
+
+    The best without a budget, and good ones within some, from the least on, where results take a part of their bytes
+    and their making is done twice.
+    """
+    free, known = replace(instance, budget=math.inf), set[Priced]()
+    for choices in _sought(free, solver, limit_s):
         priced = price(free, choices)
         if priced not in known:
             known.add(priced)
             yield choices
 
 
-def _sought(free: Instance, budget: float, solver: str, limit_s: float) -> Iterator[tuple[int, ...]]:
-    """The best choices without a budget, then those where results are held and made again in parts."""
-    yield optimise(free, solver, limit_s).choices
-    for part, again in PARTS:
-        nodes = tuple(replace(node, choices=tuple(
-            replace(c, saved=c.saved * part, backward=c.backward + again * c.forward * (c.saved > 0.0))
-            for c in node.choices)) for node in free.nodes)
+def _sought(free: Instance, solver: str, limit_s: float) -> Iterator[tuple[int, ...]]:
+    best = optimise(free, solver, limit_s).choices
+    yield best
+    nodes = tuple(replace(node, choices=tuple(
+        replace(c, saved=c.saved * PART, backward=c.backward + c.forward * (c.saved > 0.0)) for c in node.choices))
+        for node in free.nodes)
+    twice = replace(free, nodes=nodes)
+    least, most = least_bytes(twice, solver), price(twice, best).nbytes
+    for share in SHARES if most > least * (1.0 + ROUNDING) else ():
         with contextlib.suppress(Infeasible):
-            yield optimise(replace(free, nodes=nodes, budget=budget), solver, limit_s).choices
+            yield from roughly(replace(twice, budget=least + share * (most - least)), solver)
 
 
 def menus(decision: Decision, setting: Setting, solver: str = "cbc") -> Menus:
@@ -150,7 +161,7 @@ def _entry(kept: Kept, local: Local, counted: Local) -> Entry:
 
 def lowered(decision: Decision, setting: Setting) -> Executable:
     """The program of a decision for one device, connected to nobody, drawing as it does on the devices there."""
-    draws = "by kernel" if fuses(setting) else "by element"
+    draws: Draws = "by kernel" if fuses(setting) else "by element"
     return build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta"), {}, draws))
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -67,6 +67,7 @@ def save(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None, *
     module, place = _compiled(model, optimizer), Path(check_path("the folder of checkpoints", folder))
     meet("save_checkpoint")
     record, state = optimizer_state.take(optimizer, _names(module)) if optimizer is not None else (None, {})
+    record = None if record is None else optimizer_state.joined(record, list(module.model_names))
     head = {"optimizer": record, "random": module.random_state(), "progress": encode(progress, "progress")}
     draft = Path(on_rank_zero(lambda: str(_new_draft(place))))
     writer = Writer(draft, dist.get_rank())
@@ -92,14 +93,15 @@ def load(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None) -
     head = parse_head(json.loads(on_rank_zero(lambda: json.dumps(read_object(chosen / HEAD)))))
     _together(lambda: check_contents(chosen, head.table))
     wanted = _tensors(module)
-    _check_same_model(wanted, head.table, chosen)
+    _check_same_model(wanted, head.table, chosen, module.model_names)
+    record = optimizer_state.held(head.optimizer, names)
     if optimizer is not None:
-        optimizer_state.check(optimizer, names, head.optimizer)
-        assert head.optimizer is not None
-        wanted |= optimizer_state.targets(optimizer, names, head.optimizer, head.table)
+        optimizer_state.check(optimizer, names, record)
+        assert record is not None
+        wanted |= optimizer_state.targets(optimizer, names, record, head.table)
     _together(lambda: read_tensors(dict(wanted), storage_reader=Reader(chosen, head.table)))
-    if optimizer is not None and head.optimizer is not None:
-        optimizer_state.put_back(optimizer, head.optimizer, wanted)
+    if optimizer is not None and record is not None:
+        optimizer_state.put_back(optimizer, record, wanted)
     module.set_random_state(head.random)
     return head.progress
 
@@ -245,9 +247,10 @@ def _tensors(module: ParallelModule) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
 
-def _check_same_model(wanted: dict[str, Tensor], table: Table, chosen: Path) -> None:
+def _check_same_model(wanted: dict[str, Tensor], table: Table, chosen: Path, names: Sequence[str]) -> None:
+    """`names` are all of the model, of which a rank of a pipeline holds some."""
     held = {name: entry.size for name, entry in table.tensors.items() if "/" not in name}
-    missing, extra = sorted(wanted.keys() - held.keys()), sorted(held.keys() - wanted.keys())
+    missing, extra = sorted(set(names) - held.keys()), sorted(held.keys() - set(names))
     if missing or extra:
         raise AutoparError(f"{chosen} is of another model: it lacks {missing[:3] or 'nothing'} and has "
                            f"{extra[:3] or 'nothing'} besides; build the model it was saved from")

@@ -6,9 +6,11 @@ out like its parameter, whole on every rank, or a plain value. Tensors go by `pa
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -34,6 +36,27 @@ def take(optimizer: Optimizer, names: Names) -> tuple[Record, dict[str, Tensor]]
         state[name] = {key: _kind(value, parameter, f"{name}/{key}") for key, value in values.items()}
         tensors |= {f"{name}/{key}": value.detach() for key, value in values.items() if isinstance(value, Tensor)}
     return {"class": type(optimizer).__name__, "groups": groups, "state": state}, tensors
+
+
+def joined(record: Record, order: list[str]) -> Record:
+    """All ranks' records as one, names in `order`: of a pipeline each has those of its stages. Collective."""
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, json.dumps(record))
+    records = [json.loads(text) for text in said]
+    groups = [{**group, "names": sorted({name for each in records for name in each["groups"][i]["names"]},
+                                        key=order.index)} for i, group in enumerate(record["groups"])]
+    return {**record, "groups": groups, "state": {name: kinds for each in records for name, kinds in
+                                                  each["state"].items()}}
+
+
+def held(record: Record | None, names: Names) -> Record | None:
+    """What of a record is of parameters that this rank holds."""
+    if record is None:
+        return None
+    here = set(names.values())
+    groups = [{**group, "names": [name for name in group["names"] if name in here]} for group in record["groups"]]
+    return {**record, "groups": groups, "state": {name: kinds for name, kinds in record["state"].items()
+                                                  if name in here}}
 
 
 def check(optimizer: Optimizer, names: Names, record: Record | None) -> None:

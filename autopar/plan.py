@@ -37,7 +37,7 @@ FORMAT = "autopar plan 4"
 WORDS = ("model", "program_key", "cluster", "cluster_key", "mode", "precision", "optimizer", "status", "attention")
 FIGURES = ("gap", "step_time_s", "compute_s", "inline_s", "exposed_s", "optimizer_s", "bubble_s", "communication_s",
            "samples_per_s", "tokens_per_s", "mfu", "samples", "tokens", "flop", "peak_flops_per_s", "nodes", "edges",
-           "solve_s")
+           "solve_s", "observed_peak")
 """The attributes of a plan that its file tells, under the same names; lists, tables and `memory_bytes` besides."""
 GIB = 2.0**30
 
@@ -46,7 +46,8 @@ GIB = 2.0**30
 class Plan:
     """A decision with its claims. `gap` is the fraction by which it may miss the optimum of its mode and mesh.
 
-    `observed` is what was measured of its segments, none where seconds are the roofline's.
+    `observed` is what was measured of its segments, none where seconds are the roofline's; `observed_peak` the bytes of
+    a device that a step then comes to, 0 where nothing was measured.
     """
 
     model: str
@@ -71,12 +72,13 @@ class Plan:
     workload: Workload
     peak_flops_per_s: float
     observed: tuple[Observed, ...] = ()
+    observed_peak: float = 0.0
     pipelining: Pipelining = ALONE
     checkpoints: tuple[PlannedCheckpoint, ...] = ()
 
     def __post_init__(self) -> None:
         check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
-                               "flop": self.workload.flop})
+                               "flop": self.workload.flop, "observed_peak": self.observed_peak})
         if not self.mesh or min(self.mesh) < 1 or math.prod(self.mesh) > MOST_DEVICES:
             raise AutoparError(f"'mesh' is {list(self.mesh)}, needed are sizes above 0 that multiply to at most "
                                f"{MOST_DEVICES}: make the plan again")
@@ -178,7 +180,8 @@ class Plan:
     @property
     def memory_bytes(self) -> dict[str, float]:
         """Bytes of one device by kind, their peak, and what the budget is compared with."""
-        return {**dataclasses.asdict(self.memory), "peak": self.memory.peak, "device": self.memory.device}
+        return {**dataclasses.asdict(self.memory), "peak": self.observed_peak or self.memory.peak,
+                "device": self.memory.device}
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain lists and numbers; the keys are attributes."""
@@ -206,9 +209,11 @@ class Plan:
         observed = tuple(map(observed_from_json, entries(data, "observed", dict) if "observed" in data else ()))
         held = entry(data, "memory_bytes", dict)
         memory = Bytes(*(entry(held, f.name, float) for f in dataclasses.fields(Bytes)))
+        peak = entry(data, "observed_peak", float) if "observed_peak" in data else 0.0
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
-                   ops=ops, parameters=parameters, observed=observed, fallback_ops=entries(data, "fallback_ops", str),
-                   pipelining=_pipelining(data), checkpoints=checkpoints)
+                   ops=ops, parameters=parameters, observed=observed, observed_peak=peak,
+                   fallback_ops=entries(data, "fallback_ops", str), pipelining=_pipelining(data),
+                   checkpoints=checkpoints)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""

@@ -294,8 +294,14 @@ def _recomputing(ctx: Context, cluster: Cluster, request: Request, known: Found 
             report(f"mesh {problem.setting.mesh}: {1e3 * made.priced.seconds:.3f} ms a step with recomputation")
             best = Found(problem, made.executable, made.priced.seconds, bound)
     if best is None:
-        raise merged(refusals, request.pins, budget)
+        raise _tighter(known, merged(refusals, request.pins, budget))
     return replace(best, bound=min(bound, best.seconds))
+
+
+def _tighter(one: Found | Infeasible, other: AutoparError) -> AutoparError:
+    """Of two refusals the one that a smaller budget would do for."""
+    least = [refusal.least_budget_bytes for refusal in (one, other) if isinstance(refusal, Infeasible)]
+    return one if isinstance(one, Infeasible) and (least[0] or math.inf) < (least[-1] or math.inf) else other
 
 
 def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> list[tuple[Problem, Begun]]:

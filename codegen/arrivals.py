@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +26,15 @@ class Arrival:
     shape: tuple[int, ...]
     dtype: torch.dtype
     differentiable: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def resting(self) -> Arrival:
+        """The same before it is cast to the compute dtype."""
+        return replace(self, dtype=torch.float32) if self.dtype.is_floating_point else self
 
     def blank(self, device: torch.device) -> Tensor:
         """A tensor like it, of zeros."""

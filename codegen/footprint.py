@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from autopar.codegen import private
 from autopar.codegen.arrivals import Arrival
-from autopar.codegen.live import Live
+from autopar.codegen.live import Live, rounded
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -72,16 +72,16 @@ class _Ends(torch.autograd.Function):
         return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.of)
 
 
-def footprint(run: Run, given: Sequence[Arrival], seeds: int, device: torch.device = META) -> Footprint:
+def footprint(run: Run, given: Sequence[Arrival], seeds: int, device: torch.device = META, grain: int = 1) -> Footprint:
     """The bytes of `run(*given, *seeds)` and of its backward, as autograd runs them on `device`."""
     arguments = [each.blank(device) for each in given] + [torch.zeros((), dtype=torch.int64, device=device)] * seeds
     arguments_read, results_read = _read(run, arguments)
-    with Live(device.type) as live:
+    with Live(device.type, grain) as live:
         live.hold(arguments)
         held = live.bytes
         results: list[Tensor] = list(run(*arguments))
         forward = live.peak - held
-        own = _own(results, arguments)
+        own = [rounded(nbytes, grain) for nbytes in _own(results, arguments)]
         saved = live.bytes - held - sum(own)
         backward = _backward(results, live, held)
     return Footprint(saved, arguments_read, results_read, tuple(own), forward, backward)
@@ -89,15 +89,20 @@ def footprint(run: Run, given: Sequence[Arrival], seeds: int, device: torch.devi
 
 def _backward(results: list[Tensor], live: Live, held: int) -> int:
     """The most bytes of the backward of `results`, which are let go."""
-    ends = [x for x in results if x.requires_grad]
-    if not ends:
-        return 0
-    loss: Tensor = _Ends.apply(*ends)  # type: ignore[no-untyped-call]
+    loss = ends_of(results)
     results.clear()
-    ends.clear()
+    if loss is None:
+        return 0
     live.restart()
     loss.backward()
     return live.peak - held
+
+
+def ends_of(results: Sequence[Tensor]) -> Tensor | None:
+    """A loss whose backward is that of `results`, None where no gradient flows."""
+    ends = [x for x in results if x.requires_grad]
+    loss: Tensor | None = _Ends.apply(*ends) if ends else None  # type: ignore[no-untyped-call]
+    return loss
 
 
 def _own(results: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[int]:

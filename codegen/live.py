@@ -16,22 +16,28 @@ from torch.utils import _pytree as pytree
 from autopar.codegen import private
 
 
+def rounded(nbytes: float, grain: int) -> int:
+    """The least multiple of `grain` that `nbytes` fit in."""
+    return -int(-nbytes // grain) * grain
+
+
 class Live(private.TorchDispatchMode):
     """While entered, follows the storages that ops make and those it was told of.
 
-    `peak` is the bytes of the fullest moment since `restart`.
+    `peak` is the bytes of the fullest moment since `restart`. Storages are rounded up to `grain` bytes, as an allocator
+    does.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, grain: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._device = device
+        self._device, self._grain = device, grain
         self._known: dict[int, private.StorageWeakRef] = {}
         self.peak = 0
 
     @property
     def bytes(self) -> int:
         """Bytes that are alive."""
-        return sum(map(private.storage_bytes, self._known.values()))
+        return sum(rounded(private.storage_bytes(each), self._grain) for each in self._known.values())
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Follow these from now on."""

@@ -72,7 +72,7 @@ def _called(lowered: Lowered) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
     found: dict[fx.Node, str] = {}
     for node in nodes:
         name = _name(node, place, first)
-        while name in found.values():
+        while name is not None and name in found.values():
             name += "'"
         if name is not None:
             found[node] = name

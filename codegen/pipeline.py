@@ -178,10 +178,11 @@ class Pipeline:
     parameters: Callable[[], dict[str, nn.Parameter]]
     shared: dict[str, Group]
     engines: dict[int, Engine] = field(default_factory=dict)
+    scales: list[float] = field(default_factory=lambda: [1.0])
 
     def __call__(self, staged: Staged, given: Values, seed: tuple[int, int]) -> Values:
         """The program's outputs; the loss brings the gradients along when its backward is called."""
-        scale, order = 1.0, actions(staged.schedule, staged.pipe, self.line.place)
+        scale, order = self.scales[0], actions(staged.schedule, staged.pipe, self.line.place)
         engines = {stage.index: self._engine(stage) for stage in staged.stages}
         sums = {index: Sums(self.bringing, staged.pipe.micro_batches > 1) for index in engines}
         step = Step(staged, self.line, engines, sums, self._parts(staged, given), seed, scale)
@@ -198,7 +199,8 @@ class Pipeline:
         finally:
             for engine in engines.values():
                 engine.release()
-        return {node: _with_gradients(value, kept, list(held.values()), scale)
+        half = staged.decision.context.segmented.factored.program.precision == "fp16-mixed"
+        return {node: _with_gradients(value, _Stash(kept, scale, self.scales if half else []), list(held.values()))
                 for node, value in self._told(staged, step).items()}
 
     def _engine(self, stage: Stage) -> Engine:
@@ -282,27 +284,40 @@ def _sum_in_place(tensors: list[Tensor], group: Group) -> None:
             bucket = []
 
 
+@dataclass(eq=False)
+class _Stash:
+    """Gradients of a loss times `scale`. Where there are `scales` the next step's is that of the loss that is asked
+    for: half precision loses gradients that a GradScaler means to keep."""
+
+    kept: list[Tensor | None] | None
+    scale: float
+    scales: list[float]
+
+
 class _Kept(torch.autograd.Function):
     """The loss as it is; its backward hands out gradients that are there already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, kept: list[Tensor | None], scale: float, *_: nn.Parameter) -> Tensor:
-        ctx.kept, ctx.scale = [kept], scale
+    def forward(ctx: Any, loss: Tensor, stash: _Stash, *_: nn.Parameter) -> Tensor:
+        ctx.stash = stash
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if not ctx.kept:
+        stash = ctx.stash
+        if stash.kept is None:
             raise AutoparError("backward is called a second time on the loss of a pipeline, whose gradients are handed "
                                "out once; call the model again for another")
-        kept = ctx.kept.pop()
+        kept, stash.kept = stash.kept, None
         for each in kept:
             if each is not None:
                 local = _local(each)
-                local.mul_((grad / ctx.scale).to(local.dtype))
-        return None, None, None, *kept
+                local.mul_((grad.float() / stash.scale).to(local.dtype))
+        if stash.scales:
+            stash.scales[0] = float(grad) or 1.0
+        return None, None, *kept
 
 
-def _with_gradients(loss: Tensor, kept: list[Tensor | None], parameters: list[nn.Parameter], scale: float) -> Tensor:
-    found: Tensor = _Kept.apply(loss, kept, scale, *parameters)  # type: ignore[no-untyped-call]
+def _with_gradients(loss: Tensor, stash: _Stash, parameters: list[nn.Parameter]) -> Tensor:
+    found: Tensor = _Kept.apply(loss, stash, *parameters)  # type: ignore[no-untyped-call]
     return found

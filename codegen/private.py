@@ -27,6 +27,7 @@ which takes seconds.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -235,9 +236,9 @@ def _partitioner(partition: Partition) -> Any:
     from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
     class Partitioner(CustomPartitionerFn):
-        def __call__(self, gm: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int,
-                     **_: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-            return partition(gm, num_fwd_outputs)
+        def __call__(self, gm: fx.GraphModule, joint_inputs: Any,
+                     **given: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+            return partition(gm, given["num_fwd_outputs"])
 
         def uuid(self) -> Any:
             return f"autopar {partition!r}"
@@ -247,16 +248,16 @@ def _partitioner(partition: Partition) -> Any:
 
 def partitioned(run: Callable[..., Any], partition: Partition) -> Callable[..., Any]:
     """`run`, traced when it is first called, its forward and its backward cut by `partition` and run op by op."""
-    from functorch.compile import aot_function, make_boxed_func
+    compilers: Any = importlib.import_module("functorch.compile")
     from torch._functorch import config
 
     def plain(module: fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(fx.Interpreter(module).run)
+        return compilers.make_boxed_func(fx.Interpreter(module).run)
 
     def cut(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
         return partition(joint, num_fwd_outputs)
 
-    made = aot_function(run, fw_compiler=plain, bw_compiler=plain, partition_fn=cut)
+    made = compilers.aot_function(run, fw_compiler=plain, bw_compiler=plain, partition_fn=cut)
 
     def settled(*inputs: Any) -> Any:
         with config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False, enable_autograd_cache=False):
@@ -275,7 +276,7 @@ def joint_graph(module: fx.GraphModule, inputs: list[Tensor], fused: bool) -> tu
     None where nothing is differentiated. `inputs` are on the CPU without values; ops are those that Inductor
     compiles if `fused`, else torch's own.
     """
-    from functorch.compile import aot_function, nop
+    compilers: Any = importlib.import_module("functorch.compile")
     from torch._functorch import config
 
     def stop(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
@@ -287,14 +288,15 @@ def joint_graph(module: fx.GraphModule, inputs: list[Tensor], fused: bool) -> tu
         table = select_decomp_table()
     try:
         with config.patch(enable_autograd_cache=False):
-            aot_function(module.forward, fw_compiler=nop, partition_fn=stop, decompositions=table)(*inputs)
+            compilers.aot_function(module.forward, compilers.nop, partition_fn=stop, decompositions=table)(*inputs)
     except _Traced as found:
-        return found.args  # type: ignore[return-value]
+        return found.args
     return None
 
 
 def without_values() -> Any:
-    """A context in which tensors have shapes and devices and no values."""
+    """A context in which tensors have shapes and devices and no values. AOTAutograd takes the loss of meta tensors for
+    one without a gradient. It has no public name; the same in both versions."""
     from torch._subclasses import FakeTensorMode
     return FakeTensorMode()
 
@@ -307,6 +309,32 @@ def cut_joint(joint: fx.GraphModule, saved: list[fx.Node], outputs: int) -> tupl
     forward, backward = partitioners._extract_fwd_bwd_modules(
         joint, saved, saved_sym_nodes=[], num_fwd_outputs=outputs, static_lifetime_input_nodes=OrderedSet())
     return forward, partitioners.reordering_to_mimic_autograd_engine(backward)
+
+
+def traced(run: Callable[..., Any], arguments: list[Tensor], keep: Callable[[str, fx.GraphModule], object],
+           partition: Callable[..., Any] | None = None) -> list[Tensor]:
+    """The results of `run(*arguments)`, traced by AOTAutograd with Inductor's decompositions.
+
+    Its forward and, once that runs, its backward are given to `keep`, parted by `partition` or as Inductor does.
+    `aot_function` has no public name; the same in both versions.
+    """
+    from functools import partial
+
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.aot_autograd import make_boxed_func as boxed  # type: ignore[attr-defined]
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    def kept(name: str) -> Any:
+        def compiler(graph: fx.GraphModule, _: Any) -> Any:
+            keep(name, graph)
+            return boxed(graph.forward)
+        return compiler
+
+    made = aot_function(lambda *inputs: tuple(run(*inputs)), fw_compiler=kept("forward"), bw_compiler=kept("backward"),
+                        partition_fn=partition or partial(min_cut_rematerialization_partition, compiler="inductor"),
+                        decompositions=select_decomp_table(), keep_inference_input_mutations=True)
+    return list(made(*arguments))
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

@@ -174,11 +174,13 @@ def tally_calls(executable: Executable, setting: Setting) -> list[Tally]:
 
 def _tally(call: Call, executable: Executable, setting: Setting) -> Tally:
     lowered, decision = call.lowered, executable.decision
-    given = arrivals(lowered, decision, executable.target.inputs)
+    mixed = decision.context.segmented.factored.program.precision.endswith("-mixed")
+    came = zip(lowered.segment.externals, arrivals(lowered, decision, executable.target.inputs), strict=True)
+    arguments = [(each.resting() if mixed and node in decision.storage else each).blank(META) for node, each in came]
     shapes = Shapes(lowered.module)
     with torch.no_grad():
         seed = torch.empty((), dtype=torch.int64, device=META)
-        shapes.run(*(each.blank(META) for each in given), *[seed] * (1 + lowered.host_seeded))
+        shapes.run(*arguments, *[seed] * (1 + lowered.host_seeded))
     tally = Tally(latency_share(sum(node in decision.storage for node in lowered.segment.externals)))
     by_op: dict[int, list[fx.Node]] = {}
     for node in lowered.module.graph.nodes:

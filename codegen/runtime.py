@@ -303,6 +303,11 @@ class ParallelModule(nn.Module):
             (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(scale)
         return norm
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of all the model's parameters and buffers, those on other ranks too."""
+        return tuple(self._every)
+
     def extra_repr(self) -> str:
         return f"mesh {self._site.communicator.mesh}, {len(self._names)} parameters"
 

@@ -69,6 +69,7 @@ class Tape:
 
         `keep` records for another backward.
         """
+        self.check()
         sums = Sums(self.engine.parameters)
         _Backward(self, dict(grads), self.engine.learns(grads), sums).run(keep, last=True)
         return sums.finish()

@@ -22,12 +22,15 @@ from autopar.passes.decision import Context
 from autopar.passes.factors import Factored
 from autopar.passes.functional import is_update, value_of
 from autopar.passes.ops import Op
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
 from autopar.passes.rules.losses import MEAN, SUM
 from autopar.passes.rules.nodes import argument, named, shape
 
 aten = torch.ops.aten
-COUNTED = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default}
+COUNTED = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default, LINEAR_CROSS_ENTROPY}
 """Losses that are a mean over the targets that count."""
+DRAWN = {aten.scaled_dot_product_attention.default}
+"""Ops that are special for the dropout inside of them, which is drawn sample by sample."""
 AVERAGED = {aten.mean.default, aten.mean.dim}
 """Means over all they reduce, so that the mean of equal parts' means is the whole's."""
 SUMMED = {aten.sum.default, aten.sum.dim_IntList}
@@ -147,7 +150,7 @@ class _Cut:
             raise self._mixed(op)
         if target in COUNTED:
             return argument(op.main, 3, "reduction", MEAN) in (MEAN, SUM) or any(f.summed for f in over)
-        if any(f.special for f in over):
+        if any(f.special for f in over) and target not in DRAWN:
             raise self._mixed(op)
         if any(f.summed for f in over):
             if target not in AVERAGED | SUMMED and not _is_sum(op.main):
@@ -250,16 +253,11 @@ class _Cut:
 
     def _counted(self, node: fx.Node) -> fx.Node:
         """A cross entropy's mean as a sum over the count of the whole batch."""
-        made = self.made[node]
-        names = ("logits", "target", "weight", "reduction", "ignore_index", "label_smoothing")
-        given = dict(zip(names, made.args, strict=False)) | made.kwargs
-        if given.get("weight") is not None:
-            raise AutoparError(f"{node.name} weighs its classes, which is not counted over micro-batches; use 1 "
-                               "micro-batch")
-        ignored = int(given.get("ignore_index", -100))  # type: ignore[arg-type]
-        tail = (given["label_smoothing"],) if node.target is aten.cross_entropy_loss.default and given.get(
-            "label_smoothing") else ()
-        made.args, made.kwargs = (given["logits"], given["target"], None, SUM, ignored, *tail), {}
+        made, ignored = self.made[node], int(argument(node, 4, "ignore_index", -100))
+        if node.target is LINEAR_CROSS_ENTROPY:
+            made.args, made.kwargs = (*made.args[:3], SUM, *made.args[4:]), dict(made.kwargs)
+        else:
+            self._plain_sum(node, made, ignored)
         name = f"count_{len(self.counts)}"
         count = self._constant(name)
         self.counts[name] = _count(node, self.program, ignored)
@@ -267,6 +265,17 @@ class _Cut:
         wide = made if dtype == torch.float32 else self._after(made, aten.to.dtype, torch.float32)
         mean = self._after(wide, aten.div.Tensor, count)
         return mean if dtype == torch.float32 else self._after(mean, aten.to.dtype, dtype)
+
+    def _plain_sum(self, node: fx.Node, made: fx.Node, ignored: int) -> None:
+        """Make a sum of a mean."""
+        names = ("logits", "target", "weight", "reduction", "ignore_index", "label_smoothing")
+        given = dict(zip(names, made.args, strict=False)) | made.kwargs
+        if given.get("weight") is not None:
+            raise AutoparError(f"{node.name} weighs its classes, which is not counted over micro-batches; use 1 "
+                               "micro-batch")
+        tail = (given["label_smoothing"],) if node.target is aten.cross_entropy_loss.default and given.get(
+            "label_smoothing") else ()
+        made.args, made.kwargs = (given["logits"], given["target"], None, SUM, ignored, *tail), {}
 
     def _constant(self, name: str) -> fx.Node:
         first = next(n for n in self.graph.nodes if n.op == "placeholder")

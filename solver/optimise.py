@@ -42,6 +42,13 @@ def improve(instance: Instance, beat: float, solver: str = "cbc", limit_s: float
     return finish(begin(instance, beat, solver, limit_s), beat, solver, limit_s)
 
 
+def roughly(instance: Instance, solver: str = "cbc") -> tuple[tuple[int, ...], ...]:
+    """The best choices met on the way to a bound, none where none fit. Raises Infeasible with what is needed."""
+    begun = begin(instance, solver=solver)
+    met = begun.bound.choices
+    return () if met is None else (begun.reduced.restore(met),)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Begun:
     """An instance that is presolved and bounded, which took `seconds`."""

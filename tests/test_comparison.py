@@ -27,7 +27,7 @@ def test_every_mode_has_seconds_or_a_reason() -> None:
     assert found.plan.step_time_s == min(s for s in found.seconds.values() if s is not None)
     assert {mode for mode, seconds in found.seconds.items() if seconds is None} == set(found.reasons)
     assert "wants q x q x q devices" in found.reasons["3d"]
-    assert f"3d        {found.reasons['3d']}" in str(found)
+    assert f"3d           {found.reasons['3d']}" in str(found)
 
 
 def test_a_mesh_is_kept_to() -> None:
@@ -107,4 +107,4 @@ def build(batch=64):
     assert found["modes"]["auto"] == found["step_time_s"]
     assert main([*given, "--modes"]) == 0
     said = capsys.readouterr().out
-    assert f"\nstep by mode:\nauto      {1e3 * found['step_time_s']:.3f} ms\n" in said
+    assert f"\nstep by mode:\nauto         {1e3 * found['step_time_s']:.3f} ms\n" in said

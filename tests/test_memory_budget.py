@@ -33,6 +33,11 @@ def least(case: Case, world_size: int, options: dict[str, Any]) -> float:
     return refused.value.least_budget_bytes
 
 
+def identity(x: Tensor) -> int:
+    """Of the storage, whose memory may come and go."""
+    return x.untyped_storage()._cdata
+
+
 class Holding:
     """Counts bytes of distinct tensors that are saved for the backward, those of `known` ones aside."""
 
@@ -42,17 +47,18 @@ class Holding:
 
     def pack(self, x: Tensor) -> Tensor:
         """Notes a saved tensor."""
-        place = x.untyped_storage().data_ptr()
+        place = identity(x)
         seed = x.dtype == torch.int64 and not x.ndim
         if place not in self.known and not seed:
             self.known.add(place)
             self.seen.append(x)
         return x
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are held now: FSDP2 takes gathered parameters out of their tensors."""
-        return sum(x.untyped_storage().nbytes() for x in self.seen)
+    def nbytes(self, model: Any) -> int:
+        """Bytes that are held now, of gathered parameters none: those that the backward begins with are still here."""
+        units = model._parameters_at.units.values()
+        gathered = {identity(whole) for unit in units for whole in unit.wholes.values()}
+        return sum(x.untyped_storage().nbytes() for x in self.seen if identity(x) not in gathered)
 
 
 def step(case: Case, model: nn.Module) -> tuple[float, dict[str, Tensor], int]:
@@ -63,10 +69,10 @@ def step(case: Case, model: nn.Module) -> tuple[float, dict[str, Tensor], int]:
     constants = [c for program in model._site.constants.values() for c in program.values()]
     leaves = [*constants, *(call.values() if isinstance(call, dict) else call), *model.buffers(),
               *(p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())]
-    holding = Holding({x.untyped_storage().data_ptr() for x in leaves})
+    holding = Holding(set(map(identity, leaves)))
     with torch.autograd.graph.saved_tensors_hooks(holding.pack, lambda x: x):
         loss = case.call(model)
-    nbytes = holding.nbytes
+    nbytes = holding.nbytes(model)
     loss.backward()
     return float(loss.detach()), {n: whole(p.grad) for n, p in model.named_parameters()}, nbytes
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 import autopar
 from tests.builders import Case, gpt2, mlp, quick
@@ -75,3 +76,79 @@ def test_training_is_the_plain_models(pool: Any, way: Way) -> None:
     for loss, gradients, curve, drift, held in pool(way.ranks).run(errors, way.name, way.options):
         assert max(loss, gradients, curve) <= TOLERANCE and drift <= DRIFT
         assert 0 < held < len(list(case_of(way.name).model.parameters()))
+
+
+def beside_training(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, float]:
+    """How far from the plain model's are, by name: evaluation, the norm of gradients, sums of two backwards, state."""
+    case = gpt2(layers=3)
+    plain = copy.deepcopy(case.model)
+    model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, precision="fp32", solver="highs",
+                            **options)
+    found: dict[str, float] = {}
+    with torch.no_grad():
+        found["no_grad"] = abs(float(case.call(model)) - float(case.call(plain)))
+    found["eval"] = abs(float(case.call(model.eval())) - float(case.call(plain.eval())))
+    model.train(), plain.train()
+    for each in (model, plain):
+        (3.0 * case.call(each)).backward()
+        case.call(each).backward()
+    norms = model.clip_grad_norm_(0.5), torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    found["norm"] = abs(float(norms[0]) - float(norms[1])) / float(norms[1])
+    grads = {n: p.grad for n, p in plain.named_parameters()}
+    found["clipped"] = max(float((whole(p.grad).reshape(grads[n].shape) - grads[n]).abs().max())
+                           for n, p in model.named_parameters())
+    loss = case.call(model)
+    loss.backward()
+    with pytest.raises(autopar.AutoparError, match="a second time"):
+        model._pipeline and torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    state = model.full_state_dict()
+    assert state.keys() == (plain.state_dict().keys() if rank == 0 else set())
+    found["state"] = max((float((state[n] - p).abs().max()) for n, p in plain.state_dict().items()), default=0.0) \
+        if rank == 0 else 0.0
+    other = {name: tensor + 1.0 for name, tensor in plain.state_dict().items()}
+    model.load_state_dict(other)
+    model.load_state_dict(model.state_dict())
+    found["loaded"] = max(float((whole(p) - other[n]).abs().max()) for n, p in model.state_dict().items())
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "options"), [(2, {"mode": "pp", "micro_batches": 4}),
+                                                (4, {"mode": "pp+zero", "pp": 2, "micro_batches": 2})], ids=str)
+def test_all_else_is_the_plain_models(pool: Any, ranks: int, options: dict[str, Any]) -> None:
+    for found in pool(ranks).run(beside_training, options):
+        assert max(found.values()) <= TOLERANCE, found
+
+
+def resumed(rank: int, world_size: int, folder: str, options: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """The losses after a checkpoint, of the run itself and of another plan that takes it up; and a refusal."""
+    case, curves = gpt2(layers=2), []
+    made = autopar.compile(copy.deepcopy(case.model), quick(world_size), inputs=case.inputs, precision="fp32",
+                           solver="highs", **options)
+    first = torch.optim.AdamW(made.parameters(), lr=RATE)
+
+    def steps(model: Any, optimizer: Any, count: int) -> list[float]:
+        found = []
+        for _ in range(count):
+            loss = case.call(model)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss.detach()))
+        return found
+
+    steps(made, first, 2)
+    autopar.save_checkpoint(folder, made, first, step=2)
+    curves += steps(made, first, 2)
+    taken = autopar.compile(case.model, quick(world_size), inputs=case.inputs, precision="fp32", solver="highs",
+                            **other)
+    second = torch.optim.AdamW(taken.parameters(), lr=1.0)
+    assert autopar.load_checkpoint(folder, taken, second)["step"] == 2
+    return [a - b for a, b in zip(curves, steps(taken, second, 2), strict=True)]
+
+
+@pytest.mark.parametrize(("options", "other"), [({"mode": "pp", "micro_batches": 2}, {"mode": "zero2"}),
+                                                ({"mode": "1d"}, {"mode": "pp", "micro_batches": 4})], ids=str)
+def test_checkpoints_move_between_pipelines_and_other_plans(pool: Any, tmp_path: Any, options: dict[str, Any],
+                                                            other: dict[str, Any]) -> None:
+    for found in pool(2).run(resumed, str(tmp_path), options, other):
+        assert max(map(abs, found)) <= TOLERANCE

@@ -113,7 +113,8 @@ def test_the_best_mesh_is_taken() -> None:
     said: list[str] = []
     best = solve(context, cluster((4,)), Request("mlp"), said.append)[0]
     assert best.seconds.step == min(planned("mlp", mesh, "auto").seconds.step for mesh in [(4,), (2, 2)])
-    assert [text.partition(":")[0] for text in said] == ["mesh 2x2", "mesh 2x2"]  # its bound, then its plan
+    told = [text.partition(":")[0] for text in said if "stages" not in text]
+    assert told == ["mesh 2x2", "mesh 2x2"]  # its bound, then its plan
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
