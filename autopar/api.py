@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ Inputs = Any
 ClusterLike = Cluster | str | os.PathLike[str]
 MeshLike = str | int | Sequence[int]
 PlanLike = Plan | str | os.PathLike[str]
+log = logging.getLogger("autopar")
 STORED: dict[bool, Stored] = {False: "by factor", True: "plain"}
 _WORDS: dict[str, Iterable[str]] = {"mode": MODES, "optimizer": OPTIMIZERS, "solver": SOLVERS}
 
@@ -82,7 +84,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
             returns: Returns = "loss", pins: Mapping[str, str] | None = None, compiler: Compiler | None = None,
             init: str | os.PathLike[str] | None = None, keep_shapes: bool = False,
-            exact_dropout: bool | None = None, head: Head = "auto", costs: Costs | None = None, pp: int | None = None,
+            exact_dropout: bool | None = None, head: Head = "auto", costs: Costs = "roofline", pp: int | None = None,
             dp: int | None = None, tp: int | None = None, micro_batches: int | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
@@ -92,15 +94,15 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     positional argument of a call. `returns="all"` keeps outputs besides the loss, as DTensors that lie as the plan
     leaves them; with a `loss_fn` the model then returns (loss, output). A `plan`, or the path of one that rank 0 can
     read, skips solving. `compiler` is "inductor", which compiles each class of equal segments once, in the first step,
-    and on GPUs records the third step and replays it as a CUDA graph from then on, "inductor-no-graphs", which does
-    not record, or "eager", which runs segments as they are, for debugging; the default is "inductor" on GPUs that
+    "inductor-graphs", which on GPUs records the third step too and replays it as a CUDA graph from then on, or "eager",
+    which runs segments as they are, for debugging; the default is "inductor" on GPUs that
     Triton knows and "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model
     that was built under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a
     folder of them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all
     dropout draws the same mask under every plan; without it, the default on GPUs, that inside of attention is left to
-    the fused kernel, which is faster and draws another on each rank. `costs` is what computing is taken to
-    last: "measured", the default on GPUs, runs each segment that a plan would run once and plans again with that,
-    "roofline" goes by the cluster's figures. All else is as in `autopar.plan`. Raises
+    the fused kernel, which is faster and draws another on each rank. `costs` is what computing is taken to last:
+    "roofline" goes by the cluster's figures, "measured" compiles and runs each segment that a plan would run and plans
+    again with that. All else is as in `autopar.plan`. Raises
     AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None, Material]:
@@ -108,8 +110,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             one_of("batch", batch, get_args(BatchKind))
         if compiler is not None:
             one_of("compiler", compiler, COMPILERS)
-        if costs is not None:
-            one_of("costs", costs, get_args(Costs))
+        one_of("costs", costs, get_args(Costs))
         decided = [name for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins),
                                             ("pp", pp), ("dp", dp), ("tp", tp), ("micro_batches", micro_batches))
                    if value]
@@ -132,11 +133,14 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         if place.size != dist.get_world_size():
             raise AutoparError(f"cluster {place.name} has {place.size} devices, {dist.get_world_size()} ranks are "
                                "running; start as many ranks as the cluster has devices, or name another cluster")
+        strange = launch.strangeness(place, launch.kind_of(launch.device()))
+        if strange:
+            log.warning(strange)
         read = read_plan(plan) if plan is not None and dist.get_rank() == 0 else None
         return Order(place, request, precision, loss_fn, read, batch, returns,
                      compiler_for(launch.device(), compiler), material, STORED[bool(keep_shapes)],
                      "by element" if exact_dropout or launch.device().type == "cpu" else "by kernel", head,
-                     costs or ("measured" if launch.device().type == "cuda" else "roofline"))
+                     costs)
 
     request, call, material = together(asked)  # by each rank alone where they have not met yet
     launch.init()

@@ -176,6 +176,26 @@ def preset_kind(name: str, memory_bytes: float) -> str | None:
     return kind
 
 
+def kind_of(device: torch.device) -> str:
+    """The type of this rank's device: what presets call it, else its driver."""
+    if device.type == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name(device)
+    return preset_kind(name, torch.cuda.get_device_properties(device).total_memory) or name
+
+
+def strangeness(cluster: Cluster, kind: str) -> str:
+    """What to tell of a cluster of other devices than those of `kind` that run, empty where it has such.
+
+    Processes on CPUs may stand for any cluster: there is nothing to tell.
+    """
+    known = sorted({each.kind for each in cluster.devices})
+    if kind == "cpu" or kind in known:
+        return ""
+    return (f"cluster {cluster.name} has devices of type {', '.join(known)}, this rank runs on {kind}: communication "
+            "and memory are priced for another machine; pass autopar.Cluster.measure(), or a file of this one")
+
+
 _KINDS: list[tuple[tuple[str, ...], str]] = [(("H200",), "H200"), (("H100",), "H100"), (("A100", "SXM"), "A100"),
                                              (("A100", "PCIe"), "PCIe-A100"), (("A100",), "A100"), (("V100",), "V100"),
                                              (("4090",), "RTX-4090")]

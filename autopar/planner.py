@@ -126,14 +126,22 @@ def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lam
         found = _staged(ctx, cluster, request, report, math.inf)
         assert found is not None
         return found
-    alone = _of_one_stage(ctx, cluster, request, report)
     if not may_have_stages(request, cluster):
-        return alone
+        return _of_one_stage(ctx, cluster, request, report)
+    alone: tuple[Plan, Problem] | None = None
+    refusal: AutoparError | None = None
+    try:
+        alone = _of_one_stage(ctx, cluster, request, report)
+    except AutoparError as error:  # stages may fit where the whole does not
+        refusal = error
+    found = None
     with contextlib.suppress(AutoparError):  # a pipeline is one more way, not a must
-        found = _staged(ctx, cluster, request, report, alone[0].step_time_s)
-        if found is not None:
-            return found
-    return alone
+        found = _staged(ctx, cluster, request, report, alone[0].step_time_s if alone else math.inf)
+    best = found or alone
+    if best is None:
+        assert refusal is not None
+        raise refusal
+    return best
 
 
 def with_stages(request: Request) -> bool:

@@ -66,7 +66,7 @@ def profiled(plan: Plan, ctx: Context, bench: Bench, again: Callable[[tuple[Obse
         log.info("measured: %.3f ms a step where %.3f were predicted", 1e3 * found[-1].step_time_s,
                  1e3 * plan.step_time_s)
         plan = again(found[-1].observed)
-        if any(_same(plan, other) for other in found):
+        if plan.stages or any(_same(plan, other) for other in found):
             break
     return min(found, key=lambda each: each.step_time_s)
 

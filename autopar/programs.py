@@ -46,8 +46,18 @@ from autopar.passes.rules.nodes import attention_dropout
 from autopar.pipelines import MicroContexts, Shape, staged_setting
 from autopar.plan import Plan
 from autopar.plan_cache import kept_in, solve_or_recall
-from autopar.planner import Report, Request, decision_of, evaluation_storage, prepare, program_key, solve_pinned
+from autopar.planner import (
+    Report,
+    Request,
+    decision_of,
+    evaluation_storage,
+    prepare,
+    program_key,
+    setting_of,
+    solve_pinned,
+)
 from autopar.profiling import Bench, Costs, profiled
+from autopar.report import reporter
 from autopar.stepping import follow
 
 log = logging.getLogger("autopar")
@@ -88,6 +98,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
         programs.settle(decision, site.communicator)
         plans = _plans(programs, ctx, mesh, decision, form_of(model, order.loss_fn))
         module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
+        module.reporter = reporter(made, decision, setting_of(made, order.cluster))
     module.plan = made
     follow(module, model)
     if order.draws == "by kernel" and any(_drops(node) for node in ctx.segmented.factored.program.graph.nodes):

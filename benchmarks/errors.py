@@ -46,21 +46,21 @@ class Row:
         return self.predicted_bytes / self.measured_bytes - 1.0
 
 
-def row_of(told: dict[str, Any]) -> Row:
-    """A row as it was written."""
-    predicted, measured = told["predicted"], told["measured"]
+def row_of(told: dict[str, Any], costs: str) -> Row:
+    """A row as it was written, by the prediction that is called `costs`."""
+    predicted, measured = told[costs], told["measured"]
     return Row((told["work"], told["links"], told["ranks"]), told["mode"], told["mesh"], told["use"],
                predicted["step_s"], statistics.median(measured["steps_s"]), predicted["peak_bytes"],
                max(measured["peak_bytes"]))
 
 
-def read(paths: Iterable[Path]) -> list[Row]:
+def read(paths: Iterable[Path], costs: str = "predicted") -> list[Row]:
     """The rows of all files that did not fail; of one that was run again the last."""
     found: dict[Any, Row] = {}
     for line in (line for path in paths for line in path.read_text().splitlines() if line.strip()):
         told = json.loads(line)
-        if "measured" in told:
-            row = row_of(told)
+        if "measured" in told and told.get(costs):
+            row = row_of(told, costs)
             found[row.group, row.mode] = row
     return list(found.values())
 
@@ -152,9 +152,11 @@ def main() -> None:
     """Print the table and the claims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--costs", choices=("predicted", "roofline"), default="predicted",
+                        help="which prediction: as it was planned, or as if nothing had been measured")
     parser.add_argument("--plot", type=Path, help="where to draw predicted over measured")
     arguments = parser.parse_args()
-    rows = read(arguments.files)
+    rows = read(arguments.files, arguments.costs)
     print(table(rows), claims(rows), sep="\n\n")
     if arguments.plot:
         plot(rows, arguments.plot)

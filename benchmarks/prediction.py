@@ -31,9 +31,14 @@ from torch import Tensor, nn
 from where import spent
 
 import autopar
+from autopar.codegen.arrivals import input_specs
 from autopar.codegen.compiled import COMPILERS
+from autopar.codegen.executable import build, offline
 from autopar.codegen.live import Live
+from autopar.codegen.lower import Target
+from autopar.codegen.step_bytes import compiled_footprints, eager_footprints, step_bytes
 from autopar.core.cluster import Cluster
+from autopar.passes.decision import batch_axes
 from autopar.plan import Plan
 from autopar.planned import Seconds
 from autopar.planner import price_lowered, setting_of
@@ -205,9 +210,10 @@ def row(name: str, arguments: argparse.Namespace, cluster: Cluster, device: torc
     found = measured(running, device)
     if dist.get_rank() == 0:
         plan.save(arguments.out / f"plan-{arguments.links}-{name.replace('/', '_').replace(':', '-')}.json")
+    took = time.perf_counter() - start
+    plain = predicted(by_roofline(plan, running, cluster)) if dist.get_rank() == 0 and not plan.stages else None
     return {"mesh": "x".join(map(str, plan.mesh)), "status": plan.status, "measured": found,
-            "predicted": predicted(plan), "roofline": predicted(by_roofline(plan, running, cluster)),
-            "took_s": time.perf_counter() - start}
+            "predicted": predicted(plan), "roofline": plain, "took_s": took}
 
 
 def predicted(plan: Plan) -> dict[str, Any]:
@@ -231,12 +237,18 @@ def measured_or_not(name: str, arguments: argparse.Namespace, cluster: Cluster, 
 
 
 def by_roofline(plan: Plan, running: Running, cluster: Cluster) -> Plan:
-    """The same plan as it would be priced if nothing of it had been measured."""
-    plain = dataclasses.replace(plan, observed=())
-    executable = next(iter(running.model._batches.known.values()))
-    priced = price_lowered(executable.decision, setting_of(plain, cluster))[0]
-    return dataclasses.replace(plain, seconds=Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed,
-                                                      priced.optimizer))
+    """The same plan as it would be priced if nothing of it had been measured, its bytes by liveness."""
+    decision = next(iter(running.model._batches.known.values())).decision
+    plain = dataclasses.replace(plan, observed=(), observed_peak=0.0)
+    setting = setting_of(plain, cluster)
+    priced = price_lowered(decision, setting)[0]
+    executable = build(Target(decision, offline(decision.mesh), setting.price, torch.device("meta"),
+                              input_specs(decision, batch_axes(decision)), sums="outside"))
+    kind = next(running.model.parameters()).device.type
+    prints = (compiled_footprints if kind == "cuda" else eager_footprints)(executable, kind)
+    return dataclasses.replace(plain, observed_peak=step_bytes(executable, prints, setting.optimizer.state_bytes).peak,
+                               seconds=Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed,
+                                               priced.optimizer))
 
 
 def known(path: Path) -> set[str]:

@@ -7,6 +7,7 @@ autograd records it alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -18,6 +19,7 @@ from autopar.codegen.executable import Executable, Values
 from autopar.codegen.groups import ParameterGroup
 from autopar.codegen.parameters import locals_of
 from autopar.codegen.travel import Unit, local_of
+from autopar.core.sharding import Phase
 
 Seeds = tuple[tuple[Tensor, ...], ...]
 
@@ -45,6 +47,8 @@ class Recorder(Protocol):
 
     def record(self, place: int, leaves: dict[fx.Node, Tensor], parameters: dict[str, Tensor],
                made: dict[fx.Node, Tensor]) -> None: ...
+
+    def around(self, place: int, phase: Phase) -> AbstractContextManager[None]: ...
 
 
 Held = Literal["for a turn", "for a step"]
@@ -158,7 +162,8 @@ class Engine:
                                                                         strict=True) if not name}
         inputs = [parameters[name] if name else leaves[node]
                   for node, name in zip(call.segment.externals, call.parameters, strict=True)]
-        made = call.run(*inputs, *seeds)
+        with tape.around(place, "forward") if tape is not None else nullcontext():
+            made = call.run(*inputs, *seeds)
         if tape is not None:
             tape.record(place, leaves, parameters, dict(zip(call.exports, made, strict=True)))
         return made

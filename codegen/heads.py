@@ -63,7 +63,8 @@ class LinearCrossEntropy(nn.Module):
     def exchanges(self, hidden: Tensor, target: Tensor, weight: Tensor, reduction: int = MEAN,
                   *_: Any) -> list[Exchange]:
         """What a call sends."""
-        return (chunk_exchanges(len(hidden), len(weight), hidden.dtype, self.classes, self.class_group.size)
+        return (chunk_exchanges(len(hidden), (len(weight), weight.shape[1]), hidden.dtype, self.classes,
+                                self.class_group.size)
                 + count_exchanges(self.rows if reduction == MEAN else ()))
 
 

@@ -129,7 +129,7 @@ class Replayed:
         recording = self.recording
         if keep or self.done:
             raise AutoparError("a second backward of one call is asked for (retain_graph=True), of which a recorded "
-                               "step keeps nothing; pass compiler=\"inductor-no-graphs\" to autopar.compile")
+                               "step keeps nothing; pass compiler=\"inductor\" to autopar.compile")
         self.done = True
         for node, grad in grads.items():
             recording.grads[node].copy_(grad)

@@ -27,6 +27,7 @@ from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
 from autopar.codegen.paths import Under
 from autopar.codegen.replay import Launches, Replays
 from autopar.codegen.sampler import sampler_over
+from autopar.codegen.sight import Seen, Sight
 from autopar.codegen.surroundings import apart, check_moved, parallel_already
 from autopar.codegen.tape import Pass, stepped
 from autopar.codegen.travel import Member, Unit
@@ -66,6 +67,7 @@ class ParallelModule(nn.Module):
     """The plain model, running as its `plan` says. Made by `autopar.compile`."""
 
     plan: Any
+    reporter: Callable[[Seen], Any] | None = None
 
     def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: FirstValues,
                  holding: Holding | None = None) -> None:
@@ -85,6 +87,7 @@ class ParallelModule(nn.Module):
         self._parameters_at = Parameters(self._owner, units_of(self._owner, self._stored, decision, site),
                                          site.communicator)
         self._engines: dict[int, Engine] = {}
+        self._sight = Sight()
         self._pipeline = self._holding.pipeline and self._holding.pipeline(self._parameters_at, self.named_parameters)
         self._replays = Replays() if site.launches == "recorded" and site.device.type == "cuda" else None
         self._fill(values)
@@ -134,10 +137,12 @@ class ParallelModule(nn.Module):
             with torch.no_grad():
                 return engine.run(given, seeds, None)
         if self._replays is not None:
-            return stepped(self._replays.step(engine, given, seeds), dict(self.named_parameters()))
+            step = self._sight.look(self._replays.step(engine, given, seeds), self._site.device)
+            return stepped(step, dict(self.named_parameters()))
         if dist.get_world_size() == 1:
             return engine.alone(given, seeds)
-        return stepped(Pass(engine, given, seeds), dict(self.named_parameters()))
+        step = self._sight.look(Pass(engine, given, seeds), self._site.device)
+        return stepped(step, dict(self.named_parameters()))
 
     def _given(self, bound: Bound) -> dict[fx.Node, Tensor]:
         program = bound.executable.decision.context.segmented.factored.program
@@ -279,6 +284,17 @@ class ParallelModule(nn.Module):
         """
         cut = self._batches.plans.cut
         return sampler_over(cut, self._site.communicator, dataset, shuffle, seed, drop_last)
+
+    def report(self) -> Any:
+        """What was predicted of a step beside what was seen of it, by class of segments: print it after some steps.
+
+        Segments are timed in the second step, steps from one forward to the next. Raises AutoparError where there is
+        nothing to compare.
+        """
+        if self.reporter is None or dist.get_world_size() == 1:
+            raise AutoparError("a report tells of segments, which run in stages or on one rank otherwise than they are "
+                               "priced; compile for two ranks or more, in a mode without stages")
+        return self.reporter(self._sight.seen(self._site.device))
 
     def random_state(self) -> dict[str, int]:
         """What dropout is drawn from: the seed and the number of training steps so far."""

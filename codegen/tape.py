@@ -7,6 +7,7 @@ in a parameter's `.grad` until the backward of an output brings it there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ from autopar.codegen import private
 from autopar.codegen.communicator import Axes
 from autopar.codegen.engine import Engine, Parameters, Seeds
 from autopar.codegen.executable import Call, Values
+from autopar.codegen.stopwatch import Stopwatch
 from autopar.codegen.travel import local_of, send_whole
 from autopar.core.errors import AutoparError
+from autopar.core.sharding import Phase
 
 IN_FLIGHT = 2
 """Segments whose gradients may be under way before the device waits for the oldest."""
@@ -42,6 +45,11 @@ class Tape:
     engine: Engine
     calls: list[Taped] = field(default_factory=list)
     versions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    watch: Stopwatch | None = None
+
+    def around(self, place: int, phase: Phase) -> AbstractContextManager[None]:
+        """What goes around what a call runs: a stopwatch, where one is held."""
+        return nullcontext() if self.watch is None else self.watch.over(place, phase)
 
     def record(self, place: int, leaves: dict[fx.Node, Tensor], parameters: dict[str, Tensor],
                made: dict[fx.Node, Tensor]) -> None:
@@ -159,8 +167,9 @@ class _Backward:
         leaves = [*taped.leaves.values(), *wanted.values()]
         if not made or not leaves:
             return
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            tuple(made.values()), leaves, grads, retain_graph=keep, allow_unused=True)
+        with self.tape.around(taped.place, "backward"):
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                tuple(made.values()), leaves, grads, retain_graph=keep, allow_unused=True)
         for node, grad in zip(taped.leaves, found, strict=False):
             if grad is not None:
                 self.waiting[node] = self.waiting[node] + grad if node in self.waiting else grad

@@ -110,7 +110,7 @@ _CHUNK_LAUNCHES = 5
 def in_chunks(rows: int, width: int, classes: int, each: int) -> Beside:
     """A head in chunks of rows, of elements of `each` bytes: each chunk's logits are read and written once, and so is
     the sum of the weight's gradient but for the first time; gradients are kept."""
-    at_once = rows_at_once(rows, classes)
+    at_once = rows_at_once(rows, width, classes)
     count = -(-rows // at_once)
     return Beside(each * (2.0 * rows * classes + 2.0 * (count - 1) * classes * width), _CHUNK_LAUNCHES * count,
                   each * float(rows + classes) * width, each * float(at_once) * classes)

@@ -55,9 +55,10 @@ def count_exchanges(rows: Axes) -> list[Exchange]:
     return [Exchange("forward", "all_reduce", rows, COUNT_BYTES)] if rows else []
 
 
-def chunk_exchanges(rows: int, here: int, dtype: torch.dtype, classes: Axes, parts: int) -> list[Exchange]:
-    """The same chunk by chunk, of so many classes `here`."""
-    at_once = rows_at_once(rows, here)
+def chunk_exchanges(rows: int, weight: tuple[int, int], dtype: torch.dtype, classes: Axes,
+                    parts: int) -> list[Exchange]:
+    """The same chunk by chunk, of rows by a weight (classes, width) of these local sizes."""
+    at_once = rows_at_once(rows, weight[1], weight[0])
     chunks = [min(at_once, rows - first) for first in range(0, rows, at_once)]
     return [exchange for chunk in chunks for exchange in class_exchanges(chunk, dtype, classes, parts)]
 
@@ -108,7 +109,8 @@ def _linear_cross_entropy(node: fx.Node, cut: Cut) -> list[Exchange]:
     rows, classes = cut.axes("t"), cut.axes("n")
     parts = cut.mesh.extent(classes)
     counted = argument(node, 3, "reduction", MEAN) == MEAN
-    return (chunk_exchanges(len(hidden) // cut.mesh.extent(rows), len(weight) // parts, hidden.dtype, classes, parts)
+    here = len(weight) // parts, weight.shape[1]
+    return (chunk_exchanges(len(hidden) // cut.mesh.extent(rows), here, hidden.dtype, classes, parts)
             + count_exchanges(rows if counted else ()))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopar.core.errors import AutoparError
+from autopar.passes.additive import MIXING
 from autopar.passes.capture import Program, Source
 from autopar.passes.decision import Context
 from autopar.passes.factors import Factored
@@ -29,8 +30,6 @@ from autopar.passes.rules.nodes import argument, named, shape
 aten = torch.ops.aten
 COUNTED = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default, LINEAR_CROSS_ENTROPY}
 """Losses that are a mean over the targets that count."""
-DRAWN = {aten.scaled_dot_product_attention.default}
-"""Ops that are special for the dropout inside of them, which is drawn sample by sample."""
 AVERAGED = {aten.mean.default, aten.mean.dim}
 """Means over all they reduce, so that the mean of equal parts' means is the whole's."""
 SUMMED = {aten.sum.default, aten.sum.dim_IntList}
@@ -150,7 +149,7 @@ class _Cut:
             raise self._mixed(op)
         if target in COUNTED:
             return argument(op.main, 3, "reduction", MEAN) in (MEAN, SUM) or any(f.summed for f in over)
-        if any(f.special for f in over) and target not in DRAWN:
+        if target in MIXING and any(f.special for f in over):
             raise self._mixed(op)
         if any(f.summed for f in over):
             if target not in AVERAGED | SUMMED and not _is_sum(op.main):

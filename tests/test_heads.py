@@ -27,7 +27,7 @@ def check(rank: int, world_size: int, name: str, options: dict[str, Any], at_onc
     reference = copy.deepcopy(case.model)
     expected = reference(**inputs).loss
     expected.backward()
-    with mock.patch.multiple(chunks, LEAST_ELEMENTS=1, CHUNKS=128, _ALIGNED=at_once):
+    with mock.patch.multiple(chunks, LEAST_ELEMENTS=1, LEAST_ROWS=1, CHUNKS=128, _ALIGNED=at_once):
         model = autopar.compile(case.model, quick(world_size), inputs=inputs, precision="fp32", head="chunked",
                                 **options)
         loss = model(**inputs).loss

@@ -15,8 +15,9 @@ import pytest
 import torch.distributed as dist
 
 import autopar
+from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
-from autopar.launch import LAUNCHERS, init, local_cluster
+from autopar.launch import LAUNCHERS, init, local_cluster, strangeness
 
 VARIABLES = {name for names in LAUNCHERS.values() for name in names} | {"MASTER_ADDR", "MASTER_PORT"}
 
@@ -146,3 +147,13 @@ def chatty(rank: int, world_size: int) -> list[str]:
 @pytest.mark.dist
 def test_what_concerns_all_is_said_once(pool: Any) -> None:
     assert pool(2).run(chatty) == [["for all", "from rank 0"], ["from rank 1"]]
+
+
+@pytest.mark.parametrize(("cluster", "kind", "said"), [
+    ("4xH200", "H200", ""), ("cpu:4", "cpu", ""), ("8xA100-80GB", "cpu", ""),
+    ("4xH200", "H100", "cluster 4xH200 has devices of type H200, this rank runs on H100"),
+    ("cpu:4", "NVIDIA L4", "cluster cpu:4 has devices of type cpu, this rank runs on NVIDIA L4"),
+])
+def test_a_cluster_of_other_devices(cluster: str, kind: str, said: str) -> None:
+    found = strangeness(Cluster.preset(cluster), kind)
+    assert found.startswith(said) and bool(found) is bool(said)

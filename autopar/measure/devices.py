@@ -14,7 +14,7 @@ import torch
 
 from autopar.core.device import Device, Dtype, Flops
 from autopar.core.presets import MACHINES
-from autopar.launch import preset_kind
+from autopar.launch import kind_of
 from autopar.measure.crew import MOST_CALLS, Crew
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,14 +67,7 @@ def _device(crew: Crew, sharing: int) -> Device:
         rates[dtype], best[dtype] = statistics.median(found), max(found)
     memory = _memory_bytes(crew.device, sharing), _memory_bytes_per_s(crew)
     one = torch.zeros(1, device=crew.device)
-    return described(_kind(crew.device), rates, best, memory, _seconds(crew, lambda: one.add_(1.0)))
-
-
-def _kind(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    name = torch.cuda.get_device_name(device)
-    return preset_kind(name, torch.cuda.get_device_properties(device).total_memory) or name
+    return described(kind_of(crew.device), rates, best, memory, _seconds(crew, lambda: one.add_(1.0)))
 
 
 def _matmul_rate(crew: Crew, shape: tuple[int, int, int], dtype: torch.dtype) -> float:

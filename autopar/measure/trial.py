@@ -18,6 +18,8 @@ from autopar.codegen.arrivals import Arrival, arrivals
 from autopar.codegen.executable import Call, Executable
 from autopar.passes.decision import Decision
 from autopar.passes.functional import value_of
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
+from autopar.passes.rules.nodes import shape
 
 aten = torch.ops.aten
 FEWEST, MOST, ENOUGH_S = 3, 12, 0.25
@@ -173,4 +175,6 @@ def words(call: Call, decision: Decision) -> int:
             found.append(first.shape[0])
         if first is not None and main.target in (aten.cross_entropy_loss.default, aten.nll_loss_nd.default):
             found.append(first.shape[1])
+        if main.target is LINEAR_CROSS_ENTROPY:
+            found.append(shape(main.args[2])[0])
     return min(found, default=1)

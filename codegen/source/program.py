@@ -18,11 +18,13 @@ from autopar.codegen.source.steps import Steps, functions_of, shared_names
 from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
 from autopar.passes.functional import value_of
+from autopar.passes.own_ops import LINEAR_CROSS_ENTROPY
 from autopar.passes.strategies import gather_dim, storage_dims
 
 aten = torch.ops.aten
-LOOKS_UP = {aten.embedding.default: 0, aten.cross_entropy_loss.default: 1, aten.nll_loss_nd.default: 1}
-"""Ops whose second operand has numbers of their first one's, on which dim."""
+LOOKS_UP = {aten.embedding.default: (0, 0), aten.cross_entropy_loss.default: (0, 1), aten.nll_loss_nd.default: (0, 1),
+            LINEAR_CROSS_ENTROPY: (2, 0)}
+"""Ops whose second operand has numbers of another one's, of which and on which dim."""
 MAIN = '''
 def main() -> None:
     given = options(__doc__)
@@ -189,9 +191,10 @@ def _limit(node: fx.Node, numbers: list[fx.Node]) -> int:
     """The size of the dim that `node` looks `numbers` up in, 0 where it does not."""
     if node.target not in LOOKS_UP or node.args[1] not in numbers:
         return 0
-    table = value_of(node.args[0])
+    place, dim = LOOKS_UP[node.target]
+    table = value_of(node.args[place])
     assert table is not None
-    return int(table.shape[LOOKS_UP[node.target]])
+    return int(table.shape[dim])
 
 
 def _constants(executable: Executable) -> dict[str, Text]:

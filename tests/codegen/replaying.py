@@ -71,7 +71,8 @@ def main() -> None:
     plain = copy.deepcopy(case.model).to(device)
     wanted = trained(plain, given)
     for mode in sys.argv[1:]:
-        model: Any = autopar.compile(copy.deepcopy(case.model), inputs=given[0], precision="fp32", mode=mode)
+        model: Any = autopar.compile(copy.deepcopy(case.model), inputs=given[0], precision="fp32", mode=mode,
+                                     compiler="inductor-graphs")
         losses = trained(model, given)
         parameters = dict(plain.named_parameters())
         moved = max(float(((p.full_tensor() if isinstance(p, DTensor) else p).reshape(-1)

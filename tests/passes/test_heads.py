@@ -16,6 +16,7 @@ from autopar.core.cluster import Cluster
 from autopar.explanation import explain
 from autopar.passes.capture import Program, capture
 from autopar.passes.heads import ChunkHeads, heads_of, pays
+from autopar.passes.micro import micro
 from autopar.planner import Request, prepare, program_key, solve, verify
 from tests.builders import gpt2
 from tests.programs import OnCpu, program, targets
@@ -98,9 +99,9 @@ def test_heads_that_stay_as_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize(("rows", "width", "classes", "parts", "worth"), [
-    (65536, 768, 50304, 8, True), (65536, 768, 50304, 1, True), (128, 32, 96, 4, False),
-    (16384, 4096, 128256, 8, False)])
-def test_chunks_pay_where_logits_outweigh_the_weights_gradient(rows: int, width: int, classes: int, parts: int,
+    (65536, 768, 50304, 8, True), (65536, 768, 50304, 1, True), (16384, 4096, 128256, 8, True), (128, 32, 96, 4, False),
+    (256, 2048, 1000, 1, False)])
+def test_chunks_pay_where_there_are_many_logits(rows: int, width: int, classes: int, parts: int,
                                                                worth: bool) -> None:
     hidden, weight = (torch.empty(shape, device="meta") for shape in ((rows, width), (classes, width)))
     found = program(lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t), hidden, nn.Parameter(weight),
@@ -123,6 +124,22 @@ def test_the_word_decides_and_the_plan_names_the_op_and_is_verified() -> None:
         assert verify(plan, asked(head), cluster)[0] == pytest.approx(plan.step_time_s)
     explained = explain(plan, asked("auto"), cluster, "linear_cross_entropy")
     assert explained.planned.seconds == pytest.approx(plan.step_time_s)
+
+
+def test_micro_batches_sum_up_to_the_batch() -> None:
+    case = gpt2()
+    assert isinstance(case.inputs, dict)
+    asked = replace(capture(case.model, arguments(case.inputs), "fp32"), head="chunked")  # type: ignore[arg-type]
+    cut = micro(prepare(asked, Cluster.preset("cpu:2")), 4)
+    held = dict([*case.model.named_parameters(), *case.model.named_buffers()])
+    total = 0.0
+    for part in range(4):
+        given = {**held, **{name: x.chunk(4)[part] for name, x in case.inputs.items()}, **cut.program.constants,
+                 **{name: count.of(case.inputs) for name, count in cut.counts.items()}}
+        values = [given[cut.program.sources[n.name].name] for n in cut.program.graph.nodes if n.op == "placeholder"]
+        made = OnCpu(torch.fx.GraphModule(nn.Module(), cut.program.graph)).run(*values)
+        total += float(next(x for x in made if x is not None).detach())
+    assert len(cut.counts) == 1 and total == pytest.approx(float(case.call(case.model).detach()), rel=1e-6)
 
 
 def test_saved_bytes_are_gradients_in_place_of_logits() -> None:
