@@ -10,7 +10,7 @@ it is there again once it has been gathered again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -160,6 +160,7 @@ class Unit:
         """
         packing = Packing(tuple(member for member in self.members if member.name in grads))
         buffer = self._packed(packing, grads)
+        del grads  # the caller has let go of them, and so they are freed while their sums are under way
         started = private.start_reduce_scatter(buffer, self.group.size, self.group.name)
         del buffer
         yield
@@ -191,22 +192,20 @@ class Unit:
 def send_whole(grads: Mapping[str, Tensor], over: Group, into: dict[str, list[Tensor]]) -> Iterator[None]:
     """Sum gradients of parameters that rest as they are used over `over`, as `Unit.send` does; one collective a dtype.
     """
-    if over.size > 1 and grads:
-        yield from _summed(tuple(grads), tuple(grads.values()), over, into)
-    else:
+    if over.size == 1:
         for name, grad in grads.items():
             into.setdefault(name, []).append(grad)
-
-
-def _summed(names: Sequence[str], grads: Sequence[Tensor], over: Group,
-            into: dict[str, list[Tensor]]) -> Iterator[None]:
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for i, grad in enumerate(grads):
-        by_dtype.setdefault(grad.dtype, []).append(i)
-    started = [private.start_all_reduce(torch.cat([grads[i].reshape(-1) for i in places]), over.name)
-               for places in by_dtype.values()]
+        return
+    by_dtype: dict[torch.dtype, dict[str, torch.Size]] = {}
+    for name, grad in grads.items():
+        by_dtype.setdefault(grad.dtype, {})[name] = grad.shape
+    started = [private.start_all_reduce(torch.cat([grads[name].reshape(-1) for name in shapes]), over.name)
+               for shapes in by_dtype.values()]
+    del grads
+    if not started:
+        return
     yield
-    for places, bucket in zip(by_dtype.values(), started, strict=True):
-        parts = private.finish(bucket).split([grads[i].numel() for i in places])
-        for i, part in zip(places, parts, strict=True):
-            into.setdefault(names[i], []).append(part.view(grads[i].shape))
+    for shapes, bucket in zip(by_dtype.values(), started, strict=True):
+        parts = private.finish(bucket).split([shape.numel() for shape in shapes.values()])
+        for (name, shape), part in zip(shapes.items(), parts, strict=True):
+            into.setdefault(name, []).append(part.view(shape))
