@@ -23,6 +23,7 @@ from autopar.core.schedules import Pipe, Schedule, Timing, played
 from autopar.passes.choices import op_choices
 from autopar.passes.decision import Context, Decision, context
 from autopar.passes.micro import Micro, micro
+from autopar.passes.modes import mode_called
 from autopar.passes.outline import outline
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
@@ -103,6 +104,8 @@ def lowered(decision: Decision, setting: Setting) -> Executable:
 def begun(contexts: MicroContexts, setting: Setting, solver: str, limit_s: float) -> tuple[Problem, Begun]:
     """The sharding problem of a shape, bounded. Raises AutoparError where it has no solution."""
     ctx, _ = contexts.of(setting.micro_batches)
+    if setting.mesh.size == 1:
+        setting = replace(setting, mode=mode_called("pp"))  # on one device there is nothing to decide
     check_batch(ctx, setting)
     problem = build(ctx, setting)
     return problem, begin(as_staged(problem), solver=solver, limit_s=limit_s)
@@ -287,8 +290,20 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
         asked.report(f"{shape}: {1e3 * found.seconds:.3f} ms a step")
         told.append((str(found.shape), found.seconds))
         best = found if found.seconds < most else best
-    best = remapped(best, contexts, asked) if best else None
+    best = remapped(_restricted(best, contexts, asked), contexts, asked) if best else None
     return best, least, sorted(told, key=lambda each: each[1]), refusals
+
+
+def _restricted(found: Found, contexts: MicroContexts, asked: Asked) -> Found:
+    """The best of a decision and those of narrower modes for the same shape: the problem that is solved takes stages to
+    be alike, so that a narrower mode's decision may turn out the faster one."""
+    best, setting = found, found.problem.setting
+    for name in ("pp", "pp+zero") if asked.setting.mode.name == "auto" and setting.mesh.size > 1 else ():
+        with contextlib.suppress(AutoparError):
+            narrow = replace(setting, mode=mode_called(name))
+            other = assembled(*begun(contexts, narrow, asked.solver, asked.limit_s), asked.solver, asked.limit_s)
+            best = min(best, other, key=lambda each: each.seconds)
+    return best
 
 
 MAPPING_LIMIT_S = 3.0
