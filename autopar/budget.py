@@ -28,7 +28,7 @@ from autopar.passes.moments import Held, held
 from autopar.passes.problem import Problem, Setting
 from autopar.solver.checkpoint import menu
 from autopar.solver.levels import solve
-from autopar.solver.optimise import least_bytes, optimise, roughly
+from autopar.solver.optimise import begin, least_bytes, optimise, roughly
 
 PART = 0.1
 """Of results' bytes, what is kept where shardings are sought that go with recomputation."""
@@ -95,6 +95,15 @@ def best_within(problem: Problem, solver: str, beat: float, limit_s: float) -> W
     if not fits:
         raise min(refusals, key=lambda refusal: refusal.least_budget_bytes or math.inf)
     return found
+
+
+def least_seconds(instance: Instance, solver: str) -> float:
+    """A bound of any plan's seconds within the budget: of one that keeps nothing and makes nothing again."""
+    nodes = tuple(replace(node, choices=tuple(replace(c, saved=0.0) for c in node.choices)) for node in instance.nodes)
+    try:
+        return begin(replace(instance, nodes=nodes), solver=solver).bound.seconds
+    except Infeasible:
+        return math.inf
 
 
 def shardings(instance: Instance, solver: str, limit_s: float) -> Iterator[tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from autopar import launch
 from autopar.codegen.offers import Offer, digest, gathered, grown_to
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule, not_pickled
+from autopar.codegen.surroundings import apart, check_moved, parallel_already
 from autopar.core.errors import AutoparError
+from autopar.passes.containers import make_known
 from autopar.programs import Order, compiled
 from autopar.stepping import follow
 
@@ -39,13 +41,15 @@ class DeferredModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compile for these arguments if none have come before, then run."""
         if not self._made:
-            self._compile(args, kwargs)
+            with apart(launch.device(), self._order.precision):
+                self._compile(args, kwargs)
         return self._made[0](*args, **kwargs)
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors: list[Tensor] = []
 
         def offer() -> Offer:
+            make_known((args, kwargs))
             leaves = pytree.tree_leaves((args, kwargs))
             tensors[:] = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
             rest = [(x.shape[0] == rows_of(tensors), *x.shape[1:]) for x in tensors]
@@ -108,6 +112,17 @@ class DeferredModule(nn.Module):
                 return getattr(made[0], name)
             raise AttributeError(f"{name} is there after the first call, which compiles the model; give inputs= to "
                                  "compile ahead") from None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeferredModule:
+        """What `to`, `half`, `cuda` and their kin do. Raises AutoparError for another dtype or device."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            check_moved(fn, tensor)
+        return self
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """What DistributedDataParallel asks of a module first."""
+        raise parallel_already()
 
     def _current(self) -> nn.Module:
         return self._made[0] if self._made else self._plain[0]

@@ -93,7 +93,7 @@ def _store(launch: Launch | None, given: Launch | None) -> str:
     """Where the ranks meet, as torch wants it."""
     if launch is None:
         return f"file://{tempfile.mkdtemp(prefix='autopar-')}/store"
-    if given is None and "MASTER_ADDR" in os.environ:
+    if given is None and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return "env://"
     return f"tcp://{launch.host}:{launch.port}"
 
@@ -119,6 +119,10 @@ def _launched() -> Launch | None:
             rank, size, local = (_environment(name, 0) for name in names)
             figures = {names[0]: rank, names[1]: size, "MASTER_PORT": _environment("MASTER_PORT", _DEFAULT_PORT)}
             return _launch(figures, local, os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    for name, other, harmless in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
+        if os.environ.get(name, harmless) != harmless:
+            raise AutoparError(f"{name} is {os.environ[name]!r} and {other} is not set, needed are both, or none for a "
+                               "group of one; start with torchrun")
     return None
 
 

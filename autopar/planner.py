@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from autopar import pipelines
-from autopar.budget import best_within, lowered, recomputing
+from autopar.budget import best_within, least_seconds, lowered, recomputing
 from autopar.codegen.executable import Executable
 from autopar.codegen.reprice import Memory, reprice, saved_by, tally_calls
 from autopar.core.cluster import Cluster
@@ -44,6 +44,8 @@ RESERVE = 0.08
 AGREEMENT = 1e-6
 TIE = 1e-9
 """The relative difference in seconds below which two meshes are as fast as each other."""
+SIMPLER = ("pp+zero",)
+"""Modes with stages that `auto` looks at first: they are small, and where time runs out their plans are good ones."""
 SOLVE_LIMIT_S = 30.0
 """Seconds for one mesh shape; what is found by then is taken, with its proven gap."""
 UNLIMITED = 2.0**100
@@ -187,16 +189,28 @@ def _staged(ctx: Context, cluster: Cluster, request: Request, report: Report,
         raise AutoparError(f"no number of stages and micro-batches fits the batch of {batch_of(ctx)} and the "
                            f"{len(ctx.segmented.segments)} segments of {request.model} on {cluster.name}; use at most "
                            f"{len(ctx.segmented.segments)} stages and micro-batches that divide the batch")
-    size, shape = next(iter(meshes.items()))
-    setting = request.setting(cluster, shape[0], stages=cluster.size // size)
-    found, least, told, refusals = pipelines.search(
-        pipelines.MicroContexts(ctx), cluster, shapes, pipelines.Asked(setting, request.solver, SOLVE_LIMIT_S, report),
-        beat)
+    contexts, found = pipelines.MicroContexts(ctx), None
+    for mode in dict.fromkeys((*(SIMPLER if request.mode == "auto" else ()), request.mode)):
+        asked = replace(request, mode=mode)
+        tried, least, told, refusals = _searched(contexts, cluster, asked, report, found.seconds if found else beat)
+        found = tried or found
     if found is None:
         if math.isinf(beat):
             raise refusals[0]
         return None
     return pipelined_plan(found, least, told, ctx, request, time.perf_counter() - start), found.problem
+
+
+def _searched(contexts: pipelines.MicroContexts, cluster: Cluster, request: Request, report: Report, beat: float,
+              ) -> tuple[pipelines.Found | None, float, list[tuple[str, float]], list[AutoparError]]:
+    """As `pipelines.search`, in the request's own mode."""
+    meshes = stage_meshes(request, cluster)
+    shapes = pipelines.shapes_to_try(cluster, batch_of(contexts.whole), len(contexts.whole.segmented.segments), meshes,
+                                     request.micro_batches)
+    size, shape = next(iter(meshes.items()))
+    setting = request.setting(cluster, shape[0], stages=cluster.size // size)
+    return pipelines.search(contexts, cluster, shapes,
+                            pipelines.Asked(setting, request.solver, SOLVE_LIMIT_S, report), beat)
 
 
 def pipelined_plan(found: pipelines.Found, least: float, told: list[tuple[str, float]], ctx: Context, request: Request,
@@ -287,12 +301,13 @@ def _recomputing(ctx: Context, cluster: Cluster, request: Request, known: Found 
     bound = math.inf
     every = _begun(ctx, cluster, replace(request, memory_budget=UNLIMITED), report)
     budget = request.setting(cluster, every[0][0].setting.mesh.shape).budget
-    for free, begun in every:
-        bound = min(bound, begun.bound.seconds)
-        if best and begun.bound.seconds >= best.seconds * (1.0 - TIE):
-            continue
+    for free, _ in every:
         problem = replace(free, setting=replace(free.setting, budget=budget),
                           instance=replace(free.instance, budget=budget))
+        least = least_seconds(problem.instance, request.solver)
+        bound = min(bound, least)
+        if best and least >= best.seconds * (1.0 - TIE):
+            continue
         try:
             made = best_within(problem, request.solver, best.seconds if best else math.inf, SOLVE_LIMIT_S)
         except Infeasible as refusal:

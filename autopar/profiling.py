@@ -35,7 +35,7 @@ from autopar.planner import decision_of, setting_of
 
 Costs = Literal["measured", "roofline"]
 """What a plan's seconds of computing are: those of its segments on the devices at hand, or figures of the cluster."""
-ROUNDS = 3
+ROUNDS = 2
 """How often at most a plan is measured and made again."""
 LEAST_S = 1e-9
 META = torch.device("meta")

@@ -107,10 +107,29 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def in_groups() -> str:
+    """The name of causal attention that repeats keys and values to as many heads as there are queries: attention in
+    groups has no rule, and would run whole on every rank."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float | None = None,
+               **__: Any) -> tuple[Tensor, None]:
+        times = query.shape[1] // key.shape[1]
+        if times > 1:
+            key, value = (x[:, :, None].expand(-1, -1, times, -1, -1).reshape(query.shape) for x in (key, value))
+        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("in groups", attend)
+    AttentionMaskInterface.register("in groups", lambda *_, **__: None)
+    return "in groups"
+
+
 def ready(work: Work, mode: str, arguments: argparse.Namespace, cluster: Cluster, device: torch.device) -> Running:
     """The model of one job, planned and compiled."""
     model, batch = plain(work, device), given(work, device)
     if work.seq is not None:
+        model.config._attn_implementation = in_groups()
         batch = {name: ids % model.config.vocab_size for name, ids in batch.items()}
     world = dist.get_world_size()
     inputs = {name: torch.empty((value.shape[0] * world, *value.shape[1:]), dtype=value.dtype, device="meta")
@@ -333,7 +352,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=450.0, help="begin no job after so many")
     parser.add_argument("--cluster", help="a preset or a file, in place of what is measured")
     parser.add_argument("--compiler", choices=COMPILERS)
-    parser.add_argument("--costs", choices=("measured", "roofline"))
+    parser.add_argument("--costs", choices=("measured", "roofline"), default="measured")
     parser.add_argument("--precision", default="bf16-mixed")
     arguments = parser.parse_args(words)
     for job in arguments.jobs:

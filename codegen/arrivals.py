@@ -64,4 +64,5 @@ def _arrival(node: fx.Node, decision: Decision, inputs: Mapping[fx.Node, Spec]) 
         spec = storage.spec(len(factored.flat(node)), trained)
         if precision.endswith("-mixed") and dtype == COMPUTE_DTYPE[precision] and not storage.gathered:
             dtype = torch.float32
-    return Arrival(local_shape(factored, node, spec, decision.mesh), dtype, trained and dtype.is_floating_point)
+    learns = trained and (dtype.is_floating_point or dtype.is_complex)
+    return Arrival(local_shape(factored, node, spec, decision.mesh), dtype, learns)

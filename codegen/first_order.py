@@ -1,4 +1,4 @@
-"""Gradients of gradients are refused: what ranks exchange in a backward is not part of autograd's graph."""
+"""Backwards that are refused: of gradients, as what ranks exchange is not in autograd's graph, and in eval mode."""
 
 from __future__ import annotations
 
@@ -31,3 +31,24 @@ def first_order(x: Tensor) -> Tensor:
         return x
     once: Tensor = _FirstOrder.apply(x)  # type: ignore[no-untyped-call]
     return once
+
+
+class _NoBackward(torch.autograd.Function):
+    """A tensor as it is; it has no backward, and `anchor` makes that be told."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        raise AutoparError("a backward is asked for of what the model returned in eval mode, whose program has none; "
+                           "call model.train() first, on a model whose dropout rates are 0 if it is to have none")
+
+
+def no_backward(x: Tensor) -> Tensor:
+    """`x`, which needs a gradient as the plain model's would; a backward raises AutoparError."""
+    if not x.is_floating_point():
+        return x
+    refused: Tensor = _NoBackward.apply(x, torch.empty((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return refused

@@ -122,6 +122,8 @@ def _placement(state: State, dims: dict[int, int]) -> Placement:
 def _names(spec: pytree.TreeSpec) -> list[str]:
     """A name for each flat output."""
     keys = spec.context if isinstance(spec.context, list) else None
+    if keys and isinstance(keys[0], list):  # a dataclass: the fields that are there, and those that are None
+        keys = keys[0]
     if spec.is_leaf():
         return ["output"]
     children = spec.children()

@@ -243,6 +243,9 @@ def _partitioner(partition: Partition) -> Any:
         def uuid(self) -> Any:
             return f"autopar {partition!r}"
 
+        def __reduce__(self) -> Any:
+            return _partitioner, (partition,)
+
     return Partitioner()
 
 

@@ -19,7 +19,7 @@ from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
 from autopar.codegen.engine import Engine, Parameters
 from autopar.codegen.executable import Executable, Values, seeds_for
-from autopar.codegen.first_order import first_order
+from autopar.codegen.first_order import first_order, no_backward
 from autopar.codegen.groups import ParameterGroup, mangled, wrap
 from autopar.codegen.offers import meet
 from autopar.codegen.outputs import output_of
@@ -28,6 +28,7 @@ from autopar.codegen.paths import Under
 from autopar.codegen.replay import Launches, Replays
 from autopar.codegen.sampler import sampler_over
 from autopar.codegen.sight import Seen, Sight
+from autopar.codegen.surroundings import apart, check_moved, parallel_already
 from autopar.codegen.tape import Pass, stepped
 from autopar.codegen.travel import Member, Unit
 from autopar.codegen.values import Values as FirstValues
@@ -37,8 +38,8 @@ from autopar.passes.capture import COMPUTE_DTYPE
 from autopar.passes.decision import Decision
 from autopar.passes.strategies import Storage, storage_dims
 
-Travels = tuple[tuple[int, ...], bool]
-"""The axes that parameters are gathered over, and whether they are kept for the backward."""
+Travels = tuple[tuple[int, ...], bool, torch.dtype]
+"""The axes that parameters are gathered over, whether they are kept for the backward, and their dtype."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +113,17 @@ class ParallelModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain model's forward; the loss is the mean over the global batch on every rank, other outputs are
         DTensors where they are kept."""
+        with apart(self._site.device, self._batches.plans.program.precision):
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self._batches.bind(args, kwargs, self.training, self._site.device)
         values = self._run(bound.executable, self._given(bound))
         self._steps += self.training
         if dist.get_world_size() > 1:
             values = {node: first_order(value) for node, value in values.items()}
+        if torch.is_grad_enabled() and not self.training and any(p.requires_grad for p in self.parameters()):
+            values = {node: no_backward(value) for node, value in values.items()}
         return output_of(bound.executable, values, self._site.mesh)
 
     def _run(self, executable: Executable, given: Values) -> Values:
@@ -159,6 +166,17 @@ class ParallelModule(nn.Module):
 
     def _tensor(self, name: str) -> Tensor:
         return self._owner[name].parameter(name) if name in self._owner else self.get_buffer_called(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelModule:
+        """What `to`, `half`, `cuda` and their kin do. Raises AutoparError for another dtype or device."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            check_moved(fn, tensor)
+        return self
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """What DistributedDataParallel asks of a module first."""
+        raise parallel_already()
 
     def children(self) -> Iterator[nn.Module]:
         """What all modules' own calls, such as `to`, go on to."""
@@ -238,7 +256,8 @@ class ParallelModule(nn.Module):
         meet("copy.deepcopy")
         held = {name: to_plain(p, self._stored[name]) for name, p in self.named_parameters()} | dict(
             self.named_buffers())
-        made = memo[id(self)] = self.beside(self._batches.plans.like.train(self.training), held.__getitem__)
+        plain = self._batches.plans.like.train(self.training)
+        made = memo[id(self)] = self.beside(plain, lambda name: held[name] if name in held else torch.empty(0))
         for mine, other in zip(self.parameters(), made.parameters(), strict=True):
             other.requires_grad_(mine.requires_grad)
         made.set_random_state(self.random_state())
@@ -371,12 +390,12 @@ def make_body(plain: nn.Module, decision: Decision, stored: dict[str, Stored], s
     owner = _owners(decision, holding.segments)
     members: dict[tuple[str, Travels], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        travels = stored[name].storage.gathered, stored[name].storage.kept
+        travels = stored[name].storage.gathered, stored[name].storage.kept, parameter.dtype
         members.setdefault((owner.get(name, ""), travels), {})[name] = parameter
     groups = [(travels, ParameterGroup(held)) for (_, travels), held in members.items()]
     body = Body(tuple(group for _, group in groups), {
         name: torch.empty_like(b, device=site.device) for name, b in plain.named_buffers() if name in holding.names})
-    for (axes, _), group in groups:
+    for (axes, *_), group in groups:
         if axes:
             wrap(group, {n: stored[n] for n in group.names}, decision.mesh, site.mesh)
         group.to_empty(device=site.device)
@@ -395,7 +414,7 @@ def units_of(owners: Mapping[str, ParameterGroup], stored: Mapping[str, Stored],
             members = tuple(Member(n, stored[n].used_shape(decision.mesh), stored[n].gather_dim(decision.mesh),
                                    over.size) for n in group.names)
             rests = group.parameter(group.names[0]).dtype
-            mixed = precision.endswith("-mixed")
+            mixed = precision.endswith("-mixed") and rests.is_floating_point
             unit = Unit(group, members, over, COMPUTE_DTYPE[precision] if mixed else rests,
                         torch.float32 if mixed else rests, storage.kept)
             made |= dict.fromkeys(group.names, unit)

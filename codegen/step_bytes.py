@@ -170,13 +170,23 @@ class _Step:
 
     def _sent(self, place: int) -> float:
         """The gradients that a call brings to parameters, beside the buffers from which they are summed."""
-        nodes = [n for n in dict.fromkeys(self.executable.calls[place].segment.externals)
-                 if n in self.held and self.held[n].gradient]
-        gathered = [n for n in nodes if n in self.gathered]
-        summed = self.executable.decision.mesh.size > 1
+        gathered = [n for n in self._learning(place) if n in self.gathered]
         return (sum(self._whole(n) * (1.0 + (self._widening(n) if self.gathered[n][0] == place else 0.0))
                     for n in gathered)
-                + sum(self.held[n].gradient * (1.0 + summed) for n in nodes if n not in self.gathered))
+                + sum(self.held[n].gradient * (1.0 + _copies(n) * summed)
+                      for n, summed in self._at_home(place).items()))
+
+    def _learning(self, place: int) -> list[fx.Node]:
+        """The parameters that a call brings gradients to."""
+        return [n for n in dict.fromkeys(self.executable.calls[place].segment.externals)
+                if n in self.held and self.held[n].gradient]
+
+    def _at_home(self, place: int) -> dict[fx.Node, bool]:
+        """Those of them that rest as they are used, and whether their gradients are summed over ranks."""
+        call = self.executable.calls[place]
+        over = dict(zip(call.segment.externals, call.lowered.sums, strict=False))
+        return {n: self.executable.decision.mesh.extent(over.get(n, ())) > 1
+                for n in self._learning(place) if n not in self.gathered}
 
     def _gradients(self, place: int) -> float:
         """Of parameters of later calls: those that are summed, those being summed, and those still to be added to."""
@@ -188,12 +198,9 @@ class _Step:
 
     def _flying(self, place: int) -> float:
         """What is held while gradients that a call brought are summed: themselves, and what they were packed into."""
-        nodes = [n for n in dict.fromkeys(self.executable.calls[place].segment.externals)
-                 if n in self.held and self.held[n].gradient]
-        whole = sum(self._whole(n) * self._widening(n) for n in nodes
+        whole = sum(self._whole(n) * self._widening(n) for n in self._learning(place)
                     if n in self.gathered and self.gathered[n][0] == place)
-        summed = self.executable.decision.mesh.size > 1
-        return whole + sum(self.held[n].gradient for n in nodes if n not in self.gathered) * summed
+        return whole + sum(self.held[n].gradient for n, summed in self._at_home(place).items() if summed)
 
     def _whole(self, node: fx.Node) -> float:
         """Bytes of a gathered parameter, in the dtype that is computed in."""
@@ -208,6 +215,11 @@ class _Step:
             return 0.0
         mixed = self.executable.decision.context.segmented.factored.program.precision.endswith("-mixed")
         return MASTER_BYTES / itemsize(node) if mixed else 1.0
+
+
+def _copies(node: fx.Node) -> float:
+    """How often a gradient is copied into a bucket: first by itself where it may lie channels last."""
+    return 2.0 if len(node.meta["val"].shape) > 2 else 1.0
 
 
 def _nbytes(tensor: Tensor) -> float:

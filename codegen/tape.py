@@ -175,7 +175,7 @@ class _Backward:
                 self.waiting[node] = self.waiting[node] + grad if node in self.waiting else grad
         over = _over(self.tape.engine.executable.calls[taped.place])
         for (name, x), grad in zip(wanted.items(), found[len(taped.leaves):], strict=True):
-            self.sums.add(name, over[name], torch.zeros_like(x) if grad is None else grad)
+            self.sums.add(name, over[name], torch.zeros_like(x) if grad is None else grad.resolve_conj())
 
 
 def _over(call: Call) -> dict[str, Axes]:
@@ -239,7 +239,7 @@ class Step(torch.autograd.Function):
     def forward(ctx: Any, step: Stepping, nodes: list[fx.Node], names: tuple[str, ...],
                 *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.step, ctx.names = step, names
+        ctx.step, ctx.names, ctx.over = step, names, False
         ctx.specs = tuple(private.spec_of(p) if isinstance(p, DTensor) else None for p in parameters)
         values = step.forward()
         nodes += values
@@ -250,6 +250,10 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.over:
+            raise AutoparError("a second backward through one forward, whose values are gone with the first; give "
+                               "retain_graph=True to the first one")
+        ctx.over = not private.keeps_graph()
         given = {node: grad for node, grad in zip(ctx.nodes, grads, strict=True) if grad is not None}
         found = ctx.step.backward(given, private.keeps_graph())
         at_rest = (_at_rest(found.get(name), spec) for name, spec in zip(ctx.names, ctx.specs, strict=True))

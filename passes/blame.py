@@ -15,11 +15,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopar.core.errors import AutoparError, CaptureError
-from autopar.core.told import told
+from autopar.core.told import some, told
 
 _REMEDIES = [
     ("DataDependent", "make the forward free of control flow that depends on values, or compile the part that is"),
     ("data-dependent", "make the forward free of control flow that depends on values, or compile the part that is"),
+    ("torch.nn.utils.weight_nor", "use torch.nn.utils.parametrizations.weight_norm or spectral_norm"),
+    ("constant's list", "use no torch.autograd.grad inside of the forward, and write to no .data there"),
     ("deepcopy", "the model holds something that can't be copied: move it out of the module"),
     ("pickle", "the model holds something that can't be copied: move it out of the module"),
     ("Unsupported input type", "give tensors, numbers, strings, and lists, tuples or dicts of them as inputs"),
@@ -56,8 +58,14 @@ def check_model(model: Any, loss_fn: Any) -> None:
         found, remedy = (f"the class {model.__name__}", f"; pass an instance, {model.__name__}(...)") if made else (
             told(model), "")
         raise AutoparError(f"model is {found}, needed is a torch.nn.Module{remedy}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AutoparError(f"model is scripted (a {type(model).__name__}), which can't be traced; pass the module that "
+                           "it was made of")
     if loss_fn is not None and not callable(loss_fn):
         raise AutoparError(f"loss_fn is {told(loss_fn)}, needed is a function of output and target")
+    if isinstance(loss_fn, nn.Module) and next(loss_fn.parameters(), None) is not None:
+        raise AutoparError(f"loss_fn has parameters: {some([name for name, _ in loss_fn.named_parameters()])}, which "
+                           "would not be trained; make it a part of the model, which then returns its loss")
 
 
 def check_call(model: Any, inputs: Any, loss_fn: Any) -> None:

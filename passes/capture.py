@@ -7,6 +7,7 @@ model is exported on `meta`, whatever device it lives on.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -19,10 +20,13 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from autopar.core.errors import AutoparError, CaptureError
+from autopar.core.told import some
 from autopar.passes.blame import blame, check_call, check_static
 from autopar.passes.certain import CertainComparisons
+from autopar.passes.containers import make_known
 from autopar.passes.literals import CPU, META, Literals
 
+log = logging.getLogger("autopar")
 Precision = Literal["fp32", "bf16", "bf16-mixed", "fp16-mixed"]
 COMPUTE_DTYPE: dict[str, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16,
@@ -94,11 +98,11 @@ class WithLoss(nn.Module):
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> None:
         super().__init__()
         self.model = model
-        self.loss_fn = loss_fn
+        self.held = (loss_fn,)  # no submodule: its tensors are constants
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *inputs, target = args
-        return self.loss_fn(self.model(*inputs, **kwargs), target)
+        return self.held[0](self.model(*inputs, **kwargs), target)
 
 
 class WithLossBeside(WithLoss):
@@ -107,7 +111,7 @@ class WithLossBeside(WithLoss):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         *inputs, target = args
         output = self.model(*inputs, **kwargs)
-        return self.loss_fn(output, target), output
+        return self.held[0](output, target), output
 
 
 WITH_LOSS: dict[Returns, type[WithLoss]] = {"loss": WithLoss, "all": WithLossBeside}
@@ -124,6 +128,7 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
     if precision not in tuple(COMPUTE_DTYPE):
         raise AutoparError(f"precision {precision!r} is not one of {', '.join(COMPUTE_DTYPE)}")
     check_call(model, inputs, loss_fn)
+    make_known(inputs)
     args, kwargs = pytree.tree_map_only(Tensor, _meta(COMPUTE_DTYPE[precision]), inputs)
     try:
         twin = without_caches(meta_twin(model, COMPUTE_DTYPE[precision]))
@@ -131,6 +136,7 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
         with warnings.catch_warnings():
             # Of the list in which recurrent layers keep their parameters, which are registered all the same.
             warnings.filterwarnings("ignore", r"The tensor attributes? self\.[^\s]*_flat_weights\[")
+            _look_on(module)
             exported = _exported(module, args, kwargs)
     except Exception as error:
         raise CaptureError(blame(error, model)) from error
@@ -138,11 +144,33 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
     return replace(_named(exported, module, precision, LOSS_PREFIX if loss_fn is not None else ""), returns=returns)
 
 
+def _look_on(module: nn.Module) -> None:
+    """When `module` has run, make its outputs' types known, and warn of Python values that it has changed."""
+    before = _python_values(module)
+
+    def look(*called: Any) -> None:
+        make_known(called[-1])
+        changed = [name for name, value in _python_values(module).items() if before.get(name, value) != value]
+        if changed:
+            log.warning("the forward changes %s, no tensor but a Python value: what it computes stays as in its first "
+                        "call; hold such values in buffers", some(changed))
+            before.update(_python_values(module))
+
+    module.register_forward_hook(look)
+
+
+def _python_values(module: nn.Module) -> dict[str, Any]:
+    """What modules hold besides tensors and structure, as far as it is a number or a text."""
+    return {f"{path}.{name}".removeprefix("."): value for path, each in module.named_modules()
+            for name, value in vars(each).items() if name != "training" and isinstance(value, bool | int | float | str)}
+
+
 def meta_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of `model` without storage: parameters and buffers on `meta`, floats in `dtype`, ties kept."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        target = dtype if dtype is not None and isinstance(tensor, nn.Parameter) else tensor.dtype
+        cast = dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        target = dtype if cast else tensor.dtype
         empty = torch.empty_like(tensor, device="meta", dtype=target)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty

@@ -35,6 +35,13 @@ def is_update(node: fx.Node, program: Program) -> bool:
             and program.sources[written.name].kind == "buffer")
 
 
+def _updated(node: Any) -> Any:
+    """The buffer that `node` is an update of, itself where it is none."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and mutates(node.target):
+        node = node.args[0]
+    return node
+
+
 def mutates(target: Any) -> bool:
     """Whether `target` writes to its first argument."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
@@ -56,11 +63,17 @@ class Functionalize:
     def __call__(self, program: Program) -> Program:
         current: dict[fx.Node, fx.Node] = {}
         for node in list(program.graph.nodes):
+            if node.op == "call_function" and isinstance(node.kwargs.get("out"), fx.Node):
+                _write_out(node)
+        for node in list(program.graph.nodes):
             for old in node.all_input_nodes:
                 if old in current:
                     node.replace_input_with(old, _latest(old, current))
             if node.op == "call_function" and mutates(node.target) and not is_update(node, program):
                 _write(node, program, current)
+        for node in list(program.graph.nodes):
+            if node.target is aten.copy_.default and _updated(node.args[1]) is _updated(node) and not node.users:
+                program.graph.erase_node(node)  # a buffer to itself: `self.steps += 1` is an update and an assignment
         return program
 
 
@@ -73,11 +86,15 @@ def _latest(node: fx.Node, current: dict[fx.Node, fx.Node]) -> fx.Node:
 # Subgraphs
 
 def inline(graph: fx.Graph) -> None:
-    """Replace calls of subgraphs under a gradient switch by their nodes, detached where the switch is off."""
+    """Replace calls of subgraphs under a gradient switch by their nodes, detached where the switch is off.
+
+    Raises CaptureError where one is under autocast: its casts are in no graph.
+    """
     for node in list(graph.nodes):
-        if node.op != "call_function" or getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
+        wrapped = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if wrapped not in _SWITCHED:
             continue
-        enabled, submodule, *operands = node.args
+        enabled, submodule, *operands = _SWITCHED[wrapped](node)
         assert graph.owning_module is not None
         inner: Any = graph.owning_module.get_submodule(submodule.target)
         values = dict(zip([n for n in inner.graph.nodes if n.op == "placeholder"], operands, strict=True))
@@ -94,6 +111,19 @@ def inline(graph: fx.Graph) -> None:
             graph.erase_node(user)
         graph.erase_node(node)
         graph.erase_node(submodule)
+
+
+def _without_autocast(node: fx.Node) -> tuple[Any, ...]:
+    device, dtype, enabled, _, submodule, *operands = node.args
+    if enabled:
+        raise CaptureError(f"{node.meta.get('path') or 'the forward'} switches autocast to {dtype} on for {device}, "
+                           "which can't be traced; leave it out and give precision=\"bf16-mixed\" or \"fp16-mixed\"")
+    return True, submodule, *operands
+
+
+_SWITCHED: dict[str, Callable[[fx.Node], tuple[Any, ...]]] = {
+    "wrap_with_set_grad_enabled": lambda node: node.args, "wrap_with_autocast": _without_autocast}
+"""By the name of what calls a subgraph: whether gradients flow, the subgraph, its operands."""
 
 
 # Writes
@@ -144,11 +174,41 @@ def _write(node: fx.Node, program: Program, current: dict[fx.Node, fx.Node]) -> 
                                "can't be traced; write to a new tensor there, or clone the view first")
         view = WRITTEN_BACK[root.target](_latest(base, current), view, root)
         root = base
-    if root.op == "placeholder" and program.sources[root.name].kind in ("buffer", "parameter"):
-        raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to a part of "
-                           f"{program.sources[root.name].name} in place, which can't be traced; assign all of it")
+    _check_written(node, _detached_from(root), program)
     current[root] = view
     _refresh_views(root, view, current)
+
+
+def _write_out(node: fx.Node) -> None:
+    """`div.out(x, y, out=buffer)` as a value, which is then copied to where it was to be written."""
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "out"}
+    wanted = [argument.name for argument in node.target._schema.arguments if argument.name != "out"]  # type: ignore[union-attr]
+    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    value = emit(node, next(each for each in overloads if [a.name for a in each._schema.arguments] == wanted),
+                 *node.args, **kwargs)
+    emit(node, aten.copy_.default, node.kwargs["out"], value)
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+
+
+def _detached_from(node: fx.Node) -> fx.Node:
+    """What `node` shares its memory with through `detach`."""
+    while node.target is aten.detach.default and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _check_written(node: fx.Node, root: fx.Node, program: Program) -> None:
+    """Raises CaptureError where a write to `root` is one that can't be a new value."""
+    source = program.sources[root.name] if root.op == "placeholder" else None
+    if source is not None and source.kind == "parameter":
+        raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to parameter {source.name} in place "
+                           f"({node.target}), which can't be traced; do so outside of the forward, after the "
+                           "optimizer's step")
+    if source is not None and source.kind == "buffer":
+        raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to a part of {source.name} in place, "
+                           "which can't be traced; assign all of it")
 
 
 def _as_value(node: fx.Node, written: fx.Node) -> fx.Node:

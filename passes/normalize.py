@@ -21,6 +21,8 @@ SAME_STORAGE = {aten.alias.default, aten.detach_.default, aten.lift_fresh.defaul
 COPIES = {aten.lift_fresh_copy.default}
 CASTS = {aten.to.dtype_layout, aten.to.dtype, aten.to.device, aten.to.other, aten.type_as.default}
 COPYING_CASTS = {aten._to_copy.default}
+SPARSE: dict[Any, int] = {aten.embedding.default: 4, aten.embedding_bag.default: 5}
+"""Where it stands whether gradients are sparse, which parameters that are cut can't have."""
 DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
 
@@ -42,6 +44,8 @@ class Normalize:
             if node.target in CASTS | COPYING_CASTS and not _keeps_dtype(node):
                 _to_plain_cast(node)
             _bypass_if(node, node.target in COPIES | COPYING_CASTS or _idle_dropout(node))
+            if node.target in SPARSE:
+                _make_dense(node)
         for node in _calls(program):
             if _is_mean(node) and _sums_safely(node):
                 _to_sum(node)
@@ -65,6 +69,13 @@ def _bypass_if(node: fx.Node, useless: bool) -> None:
         assert isinstance(source, fx.Node)
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
+
+
+def _make_dense(node: fx.Node) -> None:
+    place = SPARSE[node.target]
+    if len(node.args) > place:
+        node.args = (*node.args[:place], False, *node.args[place + 1:])
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name != "sparse"}
 
 
 def _keeps_dtype(node: fx.Node) -> bool:

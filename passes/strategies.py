@@ -25,7 +25,7 @@ _IDLE = ("R", "G")
 
 
 def differentiable(factored: Factored) -> frozenset[fx.Node]:
-    """The values a gradient flows to: floats that depend on a parameter, in a training program."""
+    """The values a gradient flows to: floats and complex numbers that depend on a parameter, in a training program."""
     found: set[fx.Node] = set()
     if not factored.program.training:
         return frozenset()
@@ -35,7 +35,8 @@ def differentiable(factored: Factored) -> frozenset[fx.Node]:
             source = factored.program.sources[node.name]
             if source.kind == "parameter" and value is not None and value.requires_grad:
                 found.add(node)
-        elif any(n in found for n in node.all_input_nodes) and (value is None or value.is_floating_point()):
+        elif any(n in found for n in node.all_input_nodes) and (
+                value is None or value.is_floating_point() or value.is_complex()):
             found.add(node)
     return frozenset(found)
 

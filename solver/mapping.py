@@ -86,7 +86,7 @@ def price(instance: Instance, devices: Devices) -> float:
     width = instance.size // instance.shape[0]
     cuts = [_cut(instance, devices[j * width:(j + 1) * width], devices[(j + 1) * width:(j + 2) * width])
             for j in range(instance.shape[0] - 1)]
-    sent = sum(send.each * sum(each) + send.slowest * max(each, default=0.0)
+    sent: float = sum(send.each * sum(each) + send.slowest * max(each, default=0.0)
                for send, each in zip(instance.sends, zip(*cuts, strict=True) if cuts else [()] * len(instance.sends),
                                      strict=True))
     mesh = Mesh(instance.shape, devices)

@@ -38,7 +38,7 @@ def test_the_least_budget_is_the_least_over_mesh_shapes_and_does() -> None:
     least = refusal(request).least_budget_bytes
     assert least == min(found for found in by_shape if found)
     plan, problem = solve(context, cluster, replace(request, memory_budget=least))
-    assert problem.instance.budget == least and plan.status == "Optimal"
+    assert problem.instance.budget == least and plan.memory.total <= least
     refusal(replace(request, memory_budget=least * (1 - 1e-6)))
 
 

@@ -69,6 +69,25 @@ def test_launchers_that_say_nonsense(said_by: str, values: tuple[str, ...], said
         init()
 
 
+@pytest.mark.parametrize(("values", "said"), [({"RANK": "1"}, "RANK is '1' and WORLD_SIZE is not set"),
+                                              ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2' and RANK is not set")])
+def test_half_of_what_a_launcher_says(values: dict[str, str], said: str, alone: pytest.MonkeyPatch) -> None:
+    for name, value in values.items():
+        alone.setenv(name, value)
+    with pytest.raises(AutoparError, match=said):
+        init()
+
+
+def test_a_host_without_a_port(alone: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        alone.setattr("autopar.launch._DEFAULT_PORT", free.getsockname()[1])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        alone.setenv(name, value)
+    init()
+    assert dist.get_world_size() == 1
+
+
 @pytest.mark.parametrize("port", ["", "http", "0", "99999"])
 def test_ports_that_are_none(port: str, alone: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port}.items():

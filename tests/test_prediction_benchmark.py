@@ -47,7 +47,7 @@ def test_order(predicted: tuple[float, ...], measured: tuple[float, ...], correl
 def _sweep(rank: int, world_size: int, folder: str, words: list[str]) -> Any:
     sys.path.insert(0, str(BENCHMARKS))
     from prediction import parsed, sweep  # type: ignore[import-not-found]
-    sweep(parsed([*words, "--out", folder, "--cluster", "cpu:2", "--precision", "fp32"]))
+    sweep(parsed([*words, "--out", folder, "--cluster", "cpu:2", "--precision", "fp32", "--costs", "roofline"]))
 
 
 def test_a_small_sweep_goes_on_where_it_was(pool: Callable[[int], Pool], tmp_path: Path) -> None:

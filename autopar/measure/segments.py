@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from autopar.measure.trial import Trial, trial
 
 FORMAT = "autopar segment 1"
 log = logging.getLogger("autopar")
+_DEVICE = re.compile(r"device\(type='\w+'(?:, index=\d+)?\)|\b(?:cuda|cpu)(?::\d+)?\b")
 
 
 def distinct(executable: Executable) -> dict[int, Call]:
@@ -37,13 +39,13 @@ def distinct(executable: Executable) -> dict[int, Call]:
 
 def variant(call: Call, executable: Executable, around: str) -> str:
     """Sixteen hexadecimal digits that name a lowered segment with what comes in; `around` is all else that tells."""
-    text = hashlib.sha256(f"{FORMAT} {around}".encode())
-    for node in call.lowered.module.graph.nodes:
-        text.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}".encode())
-    for name, module in call.lowered.module.named_children():
-        text.update(f"{name} {_described(module)}".encode())
-    text.update(repr(arrivals(call.lowered, executable.decision, executable.target.inputs)).encode())
-    return text.hexdigest()[:16]
+    lines = [f"{FORMAT} {around} {executable.decision.kept.get(call.segment.name)}"]
+    lines += [f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}"
+              for node in call.lowered.module.graph.nodes]
+    lines += [f"{name} {_described(module)}" for name, module in call.lowered.module.named_children()]
+    lines.append(repr(arrivals(call.lowered, executable.decision, executable.target.inputs)))
+    text = _DEVICE.sub("device", "\n".join(lines))  # of which each rank has another
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _described(module: nn.Module) -> str:

@@ -1,0 +1,60 @@
+"""Budgets on a GPU: none overshot, and the loss and gradients of the step without one, dropout on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import autopar
+from autopar.core.errors import Infeasible
+from tests.test_exactness import whole
+
+pytestmark = pytest.mark.gpu
+CLOSE = 2e-2
+"""The relative difference in gradients allowed in 16 bits."""
+
+
+def model(layers: int = 6) -> Any:
+    """A GPT-2 on the GPU, large enough that activations are most of what it takes."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=layers, n_embd=512, n_head=8, vocab_size=8192, use_cache=False)
+    with torch.device("cuda"):
+        return GPT2LMHeadModel(config).train()
+
+
+def step(budget: float | None) -> tuple[float, dict[str, Tensor], int, Any]:
+    """(loss, gradients, peak bytes, plan) of a second step."""
+    tokens = torch.arange(8 * 1024, device="cuda").reshape(8, 1024) % 8192
+    batch = {"input_ids": tokens, "labels": tokens}
+    torch.manual_seed(5)
+    made: Any = autopar.compile(model(), inputs=batch, batch="global", memory_budget=budget)
+    made(**batch).loss.backward()
+    made.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    loss = made(**batch).loss
+    loss.backward()
+    torch.cuda.synchronize()
+    gradients = {name: whole(p.grad).detach().float().cpu() for name, p in made.named_parameters()}
+    return float(loss.detach()), gradients, torch.cuda.max_memory_allocated(), made.plan
+
+
+def test_budgets_are_kept_and_change_nothing() -> None:
+    autopar.init()
+    loss, expected, peak, plan = step(None)
+    with pytest.raises(Infeasible) as refused:
+        step(1.0)
+    least = refused.value.least_budget_bytes
+    assert least is not None
+    for share in (0.0, 0.5, 0.9):
+        budget = least + share * (plan.memory.total - least) + 1.0
+        other, gradients, held, within = step(budget)
+        assert within.checkpoints and within.memory.total <= budget
+        assert held <= budget and held <= peak
+        assert other == pytest.approx(loss, rel=1e-3)
+        for name, gradient in gradients.items():
+            assert float((gradient - expected[name]).norm()) <= CLOSE * float(expected[name].norm()), name
