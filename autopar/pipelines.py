@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -22,15 +23,18 @@ from autopar.core.schedules import Pipe, Schedule, Timing, played
 from autopar.passes.choices import op_choices
 from autopar.passes.decision import Context, Decision, context
 from autopar.passes.micro import Micro, micro
+from autopar.passes.modes import mode_called
 from autopar.passes.outline import outline
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.staged import as_staged
 from autopar.planned import Bytes, Pipelining, PlannedStage, Seconds
+from autopar.solver import mapping
 from autopar.solver.assembly import Assembled, Priced, Taken, assemble, price
 from autopar.solver.optimise import Begun, begin, finish
 
-MOST_MICRO_BATCHES = 64
+NO_BETTER = 1e-6
+"""The relative gain below which another layout is not worth solving for."""
 MOST_FLIGHTS = 8
 """Micro-batches for each stage, beyond which the pipeline's filling and draining are small already."""
 
@@ -100,6 +104,8 @@ def lowered(decision: Decision, setting: Setting) -> Executable:
 def begun(contexts: MicroContexts, setting: Setting, solver: str, limit_s: float) -> tuple[Problem, Begun]:
     """The sharding problem of a shape, bounded. Raises AutoparError where it has no solution."""
     ctx, _ = contexts.of(setting.micro_batches)
+    if setting.mesh.size == 1:
+        setting = replace(setting, mode=mode_called("pp"))  # on one device there is nothing to decide
     check_batch(ctx, setting)
     problem = build(ctx, setting)
     return problem, begin(as_staged(problem), solver=solver, limit_s=limit_s)
@@ -258,7 +264,8 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
            beat: float) -> tuple[Found | None, float, list[tuple[str, float]], list[AutoparError]]:
     """The best of the shapes that takes fewer seconds than `beat`, a lower bound of all, the runners-up, and refusals.
 
-    Shapes are looked at from the least work a device on; what can't beat the best so far is passed over.
+    Shapes are looked at from the least work a device on, on devices host by host; what can't beat the best so far is
+    passed over. The best is placed anew on the devices in the end.
     """
     work, layout = least_work(contexts.whole, asked.setting) / cluster.size, by_host(cluster)
     bounds = {shape: work * (1.0 + (shape.stages - 1) / shape.micro_batches) for shape in shapes}
@@ -283,7 +290,51 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
         asked.report(f"{shape}: {1e3 * found.seconds:.3f} ms a step")
         told.append((str(found.shape), found.seconds))
         best = found if found.seconds < most else best
+    best = remapped(_restricted(best, contexts, asked), contexts, asked) if best else None
     return best, least, sorted(told, key=lambda each: each[1]), refusals
+
+
+def _restricted(found: Found, contexts: MicroContexts, asked: Asked) -> Found:
+    """The best of a decision and those of narrower modes for the same shape: the problem that is solved takes stages to
+    be alike, so that a narrower mode's decision may turn out the faster one."""
+    best, setting = found, found.problem.setting
+    for name in ("pp", "pp+zero") if asked.setting.mode.name == "auto" and setting.mesh.size > 1 else ():
+        with contextlib.suppress(AutoparError):
+            narrow = replace(setting, mode=mode_called(name))
+            other = assembled(*begun(contexts, narrow, asked.solver, asked.limit_s), asked.solver, asked.limit_s)
+            best = min(best, other, key=lambda each: each.seconds)
+    return best
+
+
+MAPPING_LIMIT_S = 3.0
+"""Seconds for the layout of the best plan with stages."""
+
+
+def traffic_of(found: Found) -> mapping.Instance:
+    """What a plan sends, for its layout: activations over each cut forth and back, in each period what shows of the
+    slowest, and once a step the sum of a stage's gradients."""
+    setting, instance = found.problem.setting, found.assembly.instance
+    nbytes = max((run.inside for run in instance.runs), default=0.0) or max(run.after for run in instance.runs)
+    gradients = max(sum(call.memory.gradients for call, _ in _calls_on(found.assembly, found.assembled.taken, device))
+                    for device in range(instance.devices))
+    inner = tuple(axis + 1 for axis, size in enumerate(setting.mesh.shape) if size > 1)
+    sums = (mapping.Collective("all_reduce", inner, gradients, 1.0),) if inner else ()
+    return mapping.Instance(setting.cluster, (setting.stages, *setting.mesh.shape),
+                            (mapping.Send(nbytes, 2.0, instance.micro_batches - 1.0),), sums)
+
+
+def remapped(found: Found, contexts: MicroContexts, asked: Asked) -> Found:
+    """The same shape on the devices that its traffic fits best, where that is better."""
+    instance, setting = traffic_of(found), found.problem.setting
+    placed = mapping.place(instance, MAPPING_LIMIT_S)
+    if placed.seconds >= mapping.price(instance, setting.layout) * (1.0 - NO_BETTER):
+        return found
+    with contextlib.suppress(AutoparError):
+        elsewhere = staged_setting(asked.setting, found.shape, placed.devices)
+        again = assembled(*begun(contexts, elsewhere, asked.solver, asked.limit_s), asked.solver, asked.limit_s)
+        asked.report(f"{found.shape} on devices {', '.join(map(str, placed.devices))}: {1e3 * again.seconds:.3f} ms")
+        return min(again, found, key=lambda each: each.seconds)
+    return found
 
 
 def recomputed(pipelining: Pipelining, decision: Decision, setting: Setting) -> tuple[float, float]:

@@ -90,7 +90,7 @@ def price(instance: Instance, devices: Devices) -> float:
                for send, each in zip(instance.sends, zip(*cuts, strict=True) if cuts else [()] * len(instance.sends),
                                      strict=True))
     mesh = Mesh(instance.shape, devices)
-    return sent + sum(_collective(instance, each, mesh.groups(each.axes)) for each in instance.collectives)
+    return float(sent) + sum(_collective(instance, each, mesh.groups(each.axes)) for each in instance.collectives)
 
 
 def _cut(instance: Instance, left: Devices, right: Devices) -> tuple[float, ...]:

@@ -1,0 +1,64 @@
+"""Plans with stages: chosen where links are slow, placed where they hurt least, and what they claim verified."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from autopar.core.cluster import Cluster
+from autopar.core.errors import AutoparError
+from autopar.plan import Plan
+from autopar.planner import Request, solve, verify
+from tests.programs import model_context
+
+
+def hosts(count: int, each: int, slow: tuple[int, int] | None = None, rate: float = 3e7) -> Cluster:
+    """Hosts of slow devices with slow links between them, those between two of them a hundred times as slow."""
+    slow_device = replace(Cluster.preset("cpu:4").devices[0], launch_s=1e-7)
+    base = replace(Cluster.preset(f"{count}x{each}xA100-80GB"), devices=(slow_device,) * (count * each))
+    rates = tuple(tuple(3e10 if i == j else rate / 100 if slow in ((i, j), (j, i)) else rate for j in range(count))
+                  for i in range(count))
+    return replace(base, bytes_per_s=rates, uplink_bytes_per_s=(rate,) * count)
+
+
+@cache
+def automatic() -> Plan:
+    """The best plan on two slowly linked devices."""
+    return solve(model_context("gpt2"), hosts(2, 1), Request("gpt2", solver="highs"))[0]
+
+
+def test_auto_cuts_into_stages_where_links_are_slow() -> None:
+    context, cluster, plan = model_context("gpt2"), hosts(2, 1), automatic()
+    alone, _ = solve(context, cluster, Request("gpt2", solver="highs", mesh=(2,)))
+    assert plan.stages and plan.step_time_s < alone.step_time_s
+    assert verify(plan, context, cluster) == pytest.approx((plan.step_time_s, plan.memory.total), rel=1e-6)
+    assert Plan.from_json(plan.to_json()) == plan
+    for j in range(len(plan.stages)):
+        assert f"stage {j}: {plan.stages[j].first}" in plan.summary()
+
+
+@pytest.mark.parametrize("mode", ["pp", "pp+zero", "pp+sequence"])
+def test_no_mode_is_predicted_faster_than_auto(mode: str) -> None:
+    found, _ = solve(model_context("gpt2"), hosts(2, 1), Request("gpt2", mode, solver="highs"))
+    assert found.stages and automatic().step_time_s <= found.step_time_s * (1 + 1e-9)
+
+
+def test_stages_keep_clear_of_a_slow_link() -> None:
+    context, cluster = model_context("gpt2"), hosts(4, 1, slow=(0, 1))
+    plan, _ = solve(context, cluster, Request("gpt2", "pp", solver="highs", stages=4, micro_batches=4))
+    order = [stage.devices[0] for stage in plan.stages]
+    assert {0, 1} not in [set(pair) for pair in itertools.pairwise(order)]
+    assert verify(plan, context, cluster)[0] == pytest.approx(plan.step_time_s, rel=1e-6)
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ({"stages": 3}, "3 stages do not divide the 4 devices .*; use one of 1, 2, 4"),
+    ({"stages": 2, "micro_batches": 3}, "does not divide into 3 micro-batches; use a batch of 9, or 2"),
+    ({"stages": 2, "mesh": (4,)}, "wants one axis in each of its stages on mesh 4"),
+])
+def test_what_does_not_fit_is_refused_with_values_and_remedy(asked: dict[str, object], said: str) -> None:
+    with pytest.raises(AutoparError, match=said):
+        solve(model_context("gpt2"), hosts(2, 2), Request("gpt2", "pp", solver="highs", **asked))  # type: ignore[arg-type]
