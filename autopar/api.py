@@ -66,6 +66,8 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     one_of("head", head, get_args(Head))
     request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
                        solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches))
+    if returns == "all" and not with_stages(request):
+        request = replace(request, stages=1)  # which bring the loss alone
     call = _call(model, inputs, loss_fn)
     place = _place(cluster, request)
 
@@ -126,6 +128,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         if inputs is None and with_stages(request):
             raise AutoparError(f"mode {request.mode} with stages wants to know the batch beforehand: a rank holds the "
                                "parameters of its stage alone; give inputs= to autopar.compile")
+        if (inputs is None or returns == "all") and not with_stages(request):
+            request = replace(request, stages=1)  # stages hold parts of the model, and no output but the loss
         return request, None if inputs is None else _call(model, inputs, loss_fn), material
 
     def ordered() -> Order:
