@@ -18,7 +18,8 @@ demo: $(STAMP)  ## Plan GPT-2 for eight A100s, then train it for a minute on fou
 	$(BIN)/autopar-solve --model gpt2 --cluster 8xA100-80GB --batch 64 --seq 1024
 	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/train_gpt2.py --minutes 1
 
-test: $(STAMP)  ## Run the tests, the slow ones left out
+test: $(STAMP)  ## Run the tests, the slow ones left out; kernels by Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/kernels
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(STAMP)  ## Run every test
