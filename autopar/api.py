@@ -101,10 +101,10 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     Triton knows and "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model
     that was built under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a
     folder of them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all
-    dropout draws the same mask under every plan; without it, the default on GPUs, that inside of attention is left to
-    the fused kernel, which is faster and draws another on each rank. `costs` is what computing is taken to last:
-    "roofline" goes by the cluster's figures, "measured" compiles and runs each segment that a plan would run and plans
-    again with that. All else is as in `autopar.plan`. Raises
+    dropout draws the same mask under every plan but pipelines of several micro-batches; without it, the default on
+    GPUs, that inside of attention is left to the fused kernel, which is faster and draws another on each rank. `costs`
+    is what computing is taken to last: "roofline" goes by the cluster's figures, "measured" compiles and runs each
+    segment that a plan would run and plans again with that. All else is as in `autopar.plan`. Raises
     AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None, Material]:
@@ -125,6 +125,9 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         material = read_material(init, model)
         request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
                            solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches))
+        if returns == "all" and with_stages(request):
+            raise AutoparError("a pipeline returns its loss alone, other outputs are on its last stage, a micro-batch "
+                               "each; leave returns=\"all\" out, or use a mode without stages")
         if inputs is None and with_stages(request):
             raise AutoparError(f"mode {request.mode} with stages wants to know the batch beforehand: a rank holds the "
                                "parameters of its stage alone; give inputs= to autopar.compile")
@@ -160,7 +163,7 @@ def _told(model: nn.Module, order: Order) -> dict[str, str]:
     words = {"the model": type(model).__name__, "mode": asked.mode, "mesh": asked.mesh, "optimizer": asked.optimizer,
              "precision": order.precision, "returns": order.returns, "batch": order.batch, "compiler": order.compiler,
              "the loss_fn": "absent" if order.loss_fn is None else "given", "the stored shape": order.stored,
-             "costs": order.costs}
+             "costs": order.costs, "head": order.head, "pp": asked.stages, "micro_batches": asked.micro_batches}
     parameters = {f"parameter {name}": f"{tuple(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'},"
                   for name, p in model.named_parameters()}
     return {word: str(value) for word, value in words.items()} | parameters

@@ -234,8 +234,8 @@ def shapes_to_try(cluster: Cluster, batch: int, segments: int, meshes: dict[int,
         stages = cluster.size // size
         if stages > segments:
             continue
-        parts = [pinned] if pinned else [m for m in (2 ** i for i in range(20)) if batch % m == 0 and m > 1
-                                         and stages / 2 <= m <= MOST_FLIGHTS * stages]
+        parts = [pinned] if pinned else [m for m in (2 ** i for i in range(20)) if batch % m == 0 and (
+            m == 1 or stages / 2 <= m <= MOST_FLIGHTS * stages)]
         found += [Shape(stages, m, shape) for shape in shapes for m in parts]
     return found
 

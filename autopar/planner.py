@@ -112,6 +112,7 @@ def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...
 
 def check_shapes(request: Request, cluster: Cluster) -> None:
     """Raises AutoparError where what is asked for doesn't fit together, whatever the program."""
+    check_stages(request)
     if with_stages(request):
         stage_meshes(request, cluster)
         return
@@ -119,11 +120,22 @@ def check_shapes(request: Request, cluster: Cluster) -> None:
         request.setting(cluster, shape).mode.on(shape)
 
 
+def check_stages(request: Request) -> None:
+    """Raises AutoparError for what goes with stages alone, or not with them."""
+    if request.micro_batches is not None and not with_stages(request):
+        raise AutoparError(f"micro_batches is {request.micro_batches}, and mode {request.mode} without pp= has no "
+                           "stages to run them; give pp=, or a mode with stages such as pp")
+    if request.pins and with_stages(request):
+        raise AutoparError(f"pins fix {', '.join(name for name, _ in request.pins)}, and ops of plans with stages "
+                           "can't be fixed yet; leave pins out, or use a mode without stages")
+
+
 def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> tuple[Plan, Problem]:
     """The best plan over mesh shapes, with the problem it solves.
 
     Raises Infeasible when no shape has one, AutoparError when that is for the pins alone.
     """
+    check_stages(request)
     if with_stages(request):
         found = _staged(ctx, cluster, request, report, math.inf)
         assert found is not None
@@ -169,11 +181,13 @@ def stage_meshes(request: Request, cluster: Cluster) -> dict[int, tuple[tuple[in
         shapes = (request.mesh,) if request.mesh else mode.shapes(n)
         found[n] = tuple(shape for shape in shapes if Mesh(shape).size == n)
     found = {n: shapes for n, shapes in found.items() if shapes}
+    if not found and request.mesh:
+        raise AutoparError(f"mesh {Mesh(request.mesh)} of a stage has {Mesh(request.mesh).size} devices, the stages of "
+                           f"{cluster.name} have {' or '.join(str(size // n) for n in counts)}; use another mesh, or "
+                           "another number of stages")
     if not found:
-        mesh = f" on mesh {Mesh(request.mesh)}" if request.mesh else ""
-        raise AutoparError(f"mode {request.mode} wants {mode.wants} in each of its stages{mesh}, {cluster.name} has "
-                           f"{size} devices for {request.stages or 'any number of'} stages; use other stages, another "
-                           "mesh or another mode")
+        raise AutoparError(f"mode {request.mode} wants {mode.wants} in each of its stages, {cluster.name} has {size} "
+                           f"devices for {request.stages or 'any number of'} stages; use other stages or another mode")
     for shapes in found.values():
         for shape in shapes:
             mode.on(shape)
@@ -187,8 +201,8 @@ def _staged(ctx: Context, cluster: Cluster, request: Request, report: Report,
     shapes = pipelines.shapes_to_try(cluster, batch_of(ctx), len(ctx.segmented.segments), meshes, request.micro_batches)
     if not shapes and math.isinf(beat):
         raise AutoparError(f"no number of stages and micro-batches fits the batch of {batch_of(ctx)} and the "
-                           f"{len(ctx.segmented.segments)} segments of {request.model} on {cluster.name}; use at most "
-                           f"{len(ctx.segmented.segments)} stages and micro-batches that divide the batch")
+                           f"{len(ctx.segmented.segments)} segments of {request.model} on {cluster.name}; use "
+                           f"{_stages_for(ctx, cluster)} stages and micro-batches that divide the batch")
     contexts, found = pipelines.MicroContexts(ctx), None
     for mode in dict.fromkeys((*(SIMPLER if request.mode == "auto" else ()), request.mode)):
         asked = replace(request, mode=mode)
@@ -199,6 +213,12 @@ def _staged(ctx: Context, cluster: Cluster, request: Request, report: Report,
             raise refusals[0]
         return None
     return pipelined_plan(found, least, told, ctx, request, time.perf_counter() - start), found.problem
+
+
+def _stages_for(ctx: Context, cluster: Cluster) -> str:
+    """The numbers of stages that a program can have on a cluster."""
+    most = len(ctx.segmented.segments)
+    return " or ".join(str(n) for n in range(1, min(most, cluster.size) + 1) if cluster.size % n == 0)
 
 
 def _searched(contexts: pipelines.MicroContexts, cluster: Cluster, request: Request, report: Report, beat: float,

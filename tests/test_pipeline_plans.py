@@ -57,8 +57,11 @@ def test_stages_keep_clear_of_a_slow_link() -> None:
 @pytest.mark.parametrize(("asked", "said"), [
     ({"stages": 3}, "3 stages do not divide the 4 devices .*; use one of 1, 2, 4"),
     ({"stages": 2, "micro_batches": 3}, "does not divide into 3 micro-batches; use a batch of 9, or 2"),
-    ({"stages": 2, "mesh": (4,)}, "wants one axis in each of its stages on mesh 4"),
+    ({"stages": 2, "mesh": (4,)}, "mesh 4 of a stage has 4 devices, the stages of .* have 2; use another mesh"),
+    ({"micro_batches": 2, "mode": "ddp"}, "micro_batches is 2, .* without pp= has no stages .*; give pp="),
+    ({"stages": 2, "pins": (("head", "x"),)}, "pins fix head, .*; leave pins out"),
 ])
 def test_what_does_not_fit_is_refused_with_values_and_remedy(asked: dict[str, object], said: str) -> None:
     with pytest.raises(AutoparError, match=said):
-        solve(model_context("gpt2"), hosts(2, 2), Request("gpt2", "pp", solver="highs", **asked))  # type: ignore[arg-type]
+        solve(model_context("gpt2"), hosts(2, 2),
+              Request("gpt2", **{"mode": "pp", "solver": "highs", **asked}))  # type: ignore[arg-type]
