@@ -13,23 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.distributed.tensor import DTensor
 
-from autopar.codegen import private
 from autopar.codegen.channels import Message, Post
 from autopar.codegen.communicator import Axes, Communicator, Group
 from autopar.codegen.engine import Engine, Parameters
 from autopar.codegen.executable import Executable, Values, seeds_for
 from autopar.codegen.primitives import all_gather, all_reduce
 from autopar.codegen.stages import Port, Stage
-from autopar.codegen.tape import Pass, Sums
+from autopar.codegen.tape import Pass, Sums, at_rest, rest_of
+from autopar.codegen.travel import local_of
 from autopar.core.errors import AutoparError
 from autopar.core.schedules import Action, Pipe, Schedule, actions
 from autopar.passes.decision import Decision
 from autopar.passes.micro import Count
-
-BUCKET_BYTES = 2**25
-"""Gradients smaller than this are summed together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,41 +243,14 @@ class Pipeline:
                 grads[name] = grads[name] + grad if name in grads else grad
         for name, group in self.shared.items():  # in one order on all ranks
             if name in held:
-                grads[name] = grads.get(name, torch.zeros_like(_local(held[name])))
-                _sum_in_place([grads[name]], group)
-        return [_resting(grads.get(name), p) for name, p in held.items()]
-
-
-def _resting(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """A gradient as its parameter lies."""
-    if grad is None or not isinstance(parameter, DTensor):
-        return grad
-    return private.distributed(grad.contiguous(), private.spec_of(parameter))
+                mine = grads[name] if name in grads else torch.zeros_like(local_of(held[name]))
+                grads[name] = all_reduce(mine.contiguous(), group)
+        return [at_rest(grads.get(name), rest_of(p)) for name, p in held.items()]
 
 
 def factored_base(decision: Decision, node: fx.Node) -> fx.Node:
     """The value that an output renames."""
     return decision.context.segmented.factored.base(node)[0]
-
-
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
-
-
-def _sum_in_place(tensors: list[Tensor], group: Group) -> None:
-    """Sum each over the ranks of `group`, small ones together."""
-    if group.size == 1:
-        return
-    bucket: list[Tensor] = []
-    for tensor in [*tensors, None]:
-        if tensor is not None:
-            bucket.append(tensor)
-        if bucket and (tensor is None or sum(t.nbytes for t in bucket) >= BUCKET_BYTES):
-            flat = bucket[0].reshape(-1) if len(bucket) == 1 else torch.cat([t.reshape(-1) for t in bucket])
-            parts = all_reduce(flat, group).split([t.numel() for t in bucket])
-            for place, part in zip(bucket, parts, strict=True):
-                place.copy_(part.view(place.shape))
-            bucket = []
 
 
 @dataclass(eq=False)
@@ -311,7 +280,7 @@ class _Kept(torch.autograd.Function):
         kept, stash.kept = stash.kept, None
         for each in kept:
             if each is not None:
-                local = _local(each)
+                local = local_of(each)
                 local.mul_((grad.float() / stash.scale).to(local.dtype))
         if stash.scales:
             stash.scales[0] = float(grad) or 1.0

@@ -105,7 +105,7 @@ class Staging:
 def every_stage(executable: Executable, layout: Layout) -> tuple[Stage, ...]:
     """All stages of a lowered program."""
     names = [call.segment.name for call in executable.calls]
-    return stages_of(executable, cut_at(layout.starts, names), len(layout.places))
+    return stages_of(executable, cut_at(layout.starts, names))
 
 
 def here(stages: Sequence[Stage], layout: Layout) -> tuple[Stage, ...]:

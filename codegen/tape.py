@@ -240,7 +240,7 @@ class Step(torch.autograd.Function):
                 *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.step, ctx.names, ctx.over = step, names, False
-        ctx.specs = tuple(private.spec_of(p) if isinstance(p, DTensor) else None for p in parameters)
+        ctx.specs = tuple(map(rest_of, parameters))
         values = step.forward()
         nodes += values
         ctx.nodes = tuple(values)
@@ -256,9 +256,15 @@ class Step(torch.autograd.Function):
         ctx.over = not private.keeps_graph()
         given = {node: grad for node, grad in zip(ctx.nodes, grads, strict=True) if grad is not None}
         found = ctx.step.backward(given, private.keeps_graph())
-        at_rest = (_at_rest(found.get(name), spec) for name, spec in zip(ctx.names, ctx.specs, strict=True))
-        return None, None, None, *at_rest
+        resting = (at_rest(found.get(name), spec) for name, spec in zip(ctx.names, ctx.specs, strict=True))
+        return None, None, None, *resting
 
 
-def _at_rest(grad: Tensor | None, spec: Any) -> Tensor | None:
+def rest_of(parameter: Tensor) -> Any:
+    """How a parameter lies, None for one that is no DTensor."""
+    return private.spec_of(parameter) if isinstance(parameter, DTensor) else None
+
+
+def at_rest(grad: Tensor | None, spec: Any) -> Tensor | None:
+    """A gradient's part here as its parameter lies, which is as `spec` says."""
     return grad if grad is None or spec is None else private.distributed(grad.contiguous(), spec)
