@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ from autopar import launch
 from autopar.codegen.offers import Offer, digest, gathered, grown_to
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule, not_pickled
-from autopar.codegen.surroundings import apart, check_moved, parallel_already
+from autopar.codegen.surroundings import Compiled, apart
 from autopar.core.errors import AutoparError
 from autopar.passes.containers import make_known
 from autopar.programs import Order, compiled
 from autopar.stepping import follow
 
 
-class DeferredModule(nn.Module):
+class DeferredModule(Compiled):
     """A model compiled at its first call.
 
     Its parameters are DTensors from the start and the same objects afterwards, so that an optimizer may be made before.
@@ -112,17 +112,6 @@ class DeferredModule(nn.Module):
                 return getattr(made[0], name)
             raise AttributeError(f"{name} is there after the first call, which compiles the model; give inputs= to "
                                  "compile ahead") from None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeferredModule:
-        """What `to`, `half`, `cuda` and their kin do. Raises AutoparError for another dtype or device."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            check_moved(fn, tensor)
-        return self
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> Any:
-        """What DistributedDataParallel asks of a module first."""
-        raise parallel_already()
 
     def _current(self) -> nn.Module:
         return self._made[0] if self._made else self._plain[0]

@@ -261,15 +261,15 @@ def least_work(ctx: Context, setting: Setting) -> float:
 
 
 def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked: Asked,
-           beat: float) -> tuple[Found | None, float, list[tuple[str, float]], list[AutoparError]]:
-    """The best of the shapes that takes fewer seconds than `beat`, a lower bound of all, the runners-up, and refusals.
+           beat: float) -> tuple[Found | None, float, list[AutoparError]]:
+    """The best of the shapes that takes fewer seconds than `beat`, a lower bound of all, and refusals.
 
     Shapes are looked at from the least work a device on, on devices host by host; what can't beat the best so far is
     passed over. The best is placed anew on the devices in the end.
     """
     work, layout = least_work(contexts.whole, asked.setting) / cluster.size, by_host(cluster)
     bounds = {shape: work * (1.0 + (shape.stages - 1) / shape.micro_batches) for shape in shapes}
-    best, least, told, refusals = None, math.inf, list[tuple[str, float]](), list[AutoparError]()
+    best, least, refusals = None, math.inf, list[AutoparError]()
     end = time.perf_counter() + asked.limit_s
     for shape in sorted(shapes, key=bounds.__getitem__):
         most = min(beat, best.seconds if best else math.inf)
@@ -288,10 +288,9 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
             refusals.append(refusal)
             continue
         asked.report(f"{shape}: {1e3 * found.seconds:.3f} ms a step")
-        told.append((str(found.shape), found.seconds))
         best = found if found.seconds < most else best
     best = remapped(_restricted(best, contexts, asked), contexts, asked) if best else None
-    return best, least, sorted(told, key=lambda each: each[1]), refusals
+    return best, least, refusals
 
 
 def _restricted(found: Found, contexts: MicroContexts, asked: Asked) -> Found:

@@ -30,7 +30,7 @@ from autopar.passes.modes import Mode, mode_called
 from autopar.passes.normalize import Normalize
 from autopar.passes.notation import op_text, parameter_text
 from autopar.passes.pins import PinRefused, Pins, allowed
-from autopar.passes.problem import Problem, Setting, build, check_batch
+from autopar.passes.problem import Problem, Setting, batch_of, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Plan
@@ -197,8 +197,8 @@ def stage_meshes(request: Request, cluster: Cluster) -> dict[int, tuple[tuple[in
 def _staged(ctx: Context, cluster: Cluster, request: Request, report: Report,
             beat: float) -> tuple[Plan, Problem] | None:
     """The best plan with stages of fewer seconds than `beat`, None without one. Raises AutoparError."""
-    start, meshes = time.perf_counter(), stage_meshes(request, cluster)
-    shapes = pipelines.shapes_to_try(cluster, batch_of(ctx), len(ctx.segmented.segments), meshes, request.micro_batches)
+    start = time.perf_counter()
+    shapes = _shapes(ctx, cluster, request)
     if not shapes and math.isinf(beat):
         raise AutoparError(f"no number of stages and micro-batches fits the batch of {batch_of(ctx)} and the "
                            f"{len(ctx.segmented.segments)} segments of {request.model} on {cluster.name}; use "
@@ -206,13 +206,13 @@ def _staged(ctx: Context, cluster: Cluster, request: Request, report: Report,
     contexts, found = pipelines.MicroContexts(ctx), None
     for mode in dict.fromkeys((*(SIMPLER if request.mode == "auto" else ()), request.mode)):
         asked = replace(request, mode=mode)
-        tried, least, told, refusals = _searched(contexts, cluster, asked, report, found.seconds if found else beat)
+        tried, least, refusals = _searched(contexts, cluster, asked, report, found.seconds if found else beat)
         found = tried or found
     if found is None:
         if math.isinf(beat):
             raise refusals[0]
         return None
-    return pipelined_plan(found, least, told, ctx, request, time.perf_counter() - start), found.problem
+    return pipelined_plan(found, least, ctx, request, time.perf_counter() - start), found.problem
 
 
 def _stages_for(ctx: Context, cluster: Cluster) -> str:
@@ -221,40 +221,35 @@ def _stages_for(ctx: Context, cluster: Cluster) -> str:
     return " or ".join(str(n) for n in range(1, min(most, cluster.size) + 1) if cluster.size % n == 0)
 
 
+def _shapes(ctx: Context, cluster: Cluster, request: Request) -> list[pipelines.Shape]:
+    """The stages, micro-batches and meshes to try."""
+    return pipelines.shapes_to_try(cluster, batch_of(ctx), len(ctx.segmented.segments), stage_meshes(request, cluster),
+                                   request.micro_batches)
+
+
 def _searched(contexts: pipelines.MicroContexts, cluster: Cluster, request: Request, report: Report, beat: float,
-              ) -> tuple[pipelines.Found | None, float, list[tuple[str, float]], list[AutoparError]]:
+              ) -> tuple[pipelines.Found | None, float, list[AutoparError]]:
     """As `pipelines.search`, in the request's own mode."""
-    meshes = stage_meshes(request, cluster)
-    shapes = pipelines.shapes_to_try(cluster, batch_of(contexts.whole), len(contexts.whole.segmented.segments), meshes,
-                                     request.micro_batches)
+    meshes, shapes = stage_meshes(request, cluster), _shapes(contexts.whole, cluster, request)
     size, shape = next(iter(meshes.items()))
     setting = request.setting(cluster, shape[0], stages=cluster.size // size)
     return pipelines.search(contexts, cluster, shapes,
                             pipelines.Asked(setting, request.solver, SOLVE_LIMIT_S, report), beat)
 
 
-def pipelined_plan(found: pipelines.Found, least: float, told: list[tuple[str, float]], ctx: Context, request: Request,
-                   spent: float) -> Plan:
+def pipelined_plan(found: pipelines.Found, least: float, ctx: Context, request: Request, spent: float) -> Plan:
     """The plan of what was found; `ctx` is the program of the whole batch."""
     setting, assembled = found.problem.setting, found.assembled
     program = ctx.segmented.factored.program
-    notes = [n.removeprefix("attention: ") for n in program.notes if n.startswith("attention: ")]
     gap = max(0.0, 1.0 - least / found.seconds)
     return Plan(
         request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
         program.precision, request.optimizer, status_of(gap), gap,
         pipelines.seconds_of(found.assembly, assembled.taken, found.schedule),
         pipelines.bytes_of(found.assembly, assembled.taken), planned_ops(found.decision),
-        planned_parameters(found.decision), ", ".join(notes), fallback_ops(ctx), len(found.problem.instance.nodes),
-        edge_count(found.problem.instance), spent, workload_of(ctx),
+        planned_parameters(found.decision), attention_told(program), fallback_ops(ctx),
+        len(found.problem.instance.nodes), edge_count(found.problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision), pipelining=pipelines.pipelining_of(found))
-
-
-def batch_of(ctx: Context) -> int:
-    """The samples of a program's batch."""
-    program = ctx.segmented.factored.program
-    tensors = [n.meta["val"] for n in program.placeholders("input") if isinstance(n.meta.get("val"), torch.Tensor)]
-    return int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
 
 
 def _of_one_stage(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[Plan, Problem]:
@@ -374,16 +369,20 @@ def _plan(found: Found, request: Request, spent: float) -> Plan:
         raise AssertionError(f"the solver claims {found.seconds} s, the lowered program costs {priced.seconds} s")
     gap = 0.0 if found.seconds <= found.bound else (found.seconds - found.bound) / found.seconds
     program = ctx.segmented.factored.program
-    notes = [n.removeprefix("attention: ") for n in program.notes if n.startswith("attention: ")]
     return Plan(
         request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
         program.precision, request.optimizer, status_of(gap), gap,
         Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed, priced.optimizer),
         Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient),
-        planned_ops(decision), planned_parameters(decision), ", ".join(notes), fallback_ops(ctx),
+        planned_ops(decision), planned_parameters(decision), attention_told(program), fallback_ops(ctx),
         len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision), request.observed,
         checkpoints=planned_checkpoints(executable, setting))
+
+
+def attention_told(program: Program) -> str:
+    """What became of the masks of attention."""
+    return ", ".join(n.removeprefix("attention: ") for n in program.notes if n.startswith("attention: "))
 
 
 def status_of(gap: float) -> str:

@@ -13,6 +13,7 @@ from autopar.passes.capture import COMPUTE_DTYPE, Precision, Program
 from autopar.passes.choices import op_work
 from autopar.passes.costs import DTYPES
 from autopar.passes.decision import Context
+from autopar.passes.problem import batch_of
 from autopar.planned import Workload
 
 _ALONE = Mesh((1,))
@@ -27,8 +28,7 @@ def workload_of(ctx: Context) -> Workload:
     """
     inputs = _inputs(ctx.segmented.factored.program)
     texts = [t for t in inputs if t.ndim == 2 and not t.is_floating_point() and t.dtype is not torch.bool]
-    samples = inputs[0].shape[0] if inputs and inputs[0].ndim else 1
-    return Workload(samples, math.prod(texts[0].shape) if texts else None, model_flop(ctx))
+    return Workload(batch_of(ctx), math.prod(texts[0].shape) if texts else None, model_flop(ctx))
 
 
 def _inputs(program: Program) -> list[Tensor]:

@@ -93,6 +93,16 @@ class Engine:
 
     def learns(self, outputs: Iterable[fx.Node]) -> frozenset[str]:
         """The parameters that a gradient of `outputs` comes to, on every rank alike."""
+        asked = frozenset(outputs)
+        if asked not in self._learnt:
+            self._learnt[asked] = self._learn(asked)
+        return self._learnt[asked]
+
+    @cached_property
+    def _learnt(self) -> dict[frozenset[fx.Node], frozenset[str]]:
+        return {}
+
+    def _learn(self, outputs: Iterable[fx.Node]) -> frozenset[str]:
         context = self.executable.decision.context
         sources = context.segmented.factored.program.sources
         waiting, seen = [node for node in outputs if node in context.gradients], set[fx.Node]()

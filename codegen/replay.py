@@ -12,12 +12,11 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from autopar.codegen import private
 from autopar.codegen.control import exchanged
@@ -44,7 +43,6 @@ class Recording:
     given: Values
     seeds: Tensor
     outputs: Values
-    learning: frozenset[fx.Node]
     grads: Values
     found: dict[str, Tensor]
     forward: torch.cuda.CUDAGraph
@@ -57,7 +55,6 @@ class Recording:
         """Whether the last replayed forward still waits for its backward."""
         last = self.current() if self.current else None
         return last is not None and not last.done
-
 
     def end(self) -> None:
         """Let the graphs go, and with them NCCL."""
@@ -99,8 +96,8 @@ def record(engine: Engine, given: Values, seeds: Seeds) -> Recording:
     with torch.cuda.graph(graphs[1], pool=pool, capture_error_mode="thread_local"):
         found = step.backward(grads, keep=False)
     outputs = {node: x.detach() for node, x in made.items()}
-    made_of = {n: x for n, x in static.items() if n in inputs}
-    recording = Recording(engine, made_of, block, outputs, frozenset(grads), grads, found, *graphs, places_of(engine))
+    read = {node: x for node, x in static.items() if node in inputs}
+    recording = Recording(engine, read, block, outputs, grads, found, *graphs, places_of(engine))
     _end_with_groups()
     _open.add(recording)
     return recording
@@ -122,7 +119,7 @@ class Replayed:
         recording.seeds[::2].copy_(torch.stack([seed for seed, *_ in self.seeds]))
         recording.forward.replay()
         recording.current = weakref.ref(self)
-        return {node: x.clone().requires_grad_(node in recording.learning) for node, x in recording.outputs.items()}
+        return {node: x.clone().requires_grad_(node in recording.grads) for node, x in recording.outputs.items()}
 
     def backward(self, grads: Values, keep: bool) -> dict[str, Tensor]:
         """The gradients of parameters. Raises AutoparError where there is to be more than one backward."""
@@ -196,7 +193,7 @@ def obstacle(engine: Engine) -> str:
     gradients = executable.decision.context.gradients
     if len([node for node in executable.outputs if node in gradients]) != 1:
         return "other outputs than a loss are kept"
-    _release(unit for units in engine.units for unit in units)
+    engine.release()
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.empty_cache()
@@ -205,7 +202,3 @@ def obstacle(engine: Engine) -> str:
         return f"{free / 2**30:.1f} GiB are free, a recording takes up to {needed / 2**30:.1f}"
     return ""
 
-
-def _release(units: Iterable[object]) -> None:
-    for unit in units:
-        unit.leave()  # type: ignore[attr-defined]

@@ -28,7 +28,7 @@ from autopar.codegen.paths import Under
 from autopar.codegen.replay import Launches, Replays
 from autopar.codegen.sampler import sampler_over
 from autopar.codegen.sight import Seen, Sight
-from autopar.codegen.surroundings import apart, check_moved, parallel_already
+from autopar.codegen.surroundings import Compiled, apart
 from autopar.codegen.tape import Pass, stepped
 from autopar.codegen.travel import Member, Unit
 from autopar.codegen.values import Values as FirstValues
@@ -63,7 +63,7 @@ class Body(nn.Module):
             self.register_buffer(mangled(name), buffer)
 
 
-class ParallelModule(nn.Module):
+class ParallelModule(Compiled):
     """The plain model, running as its `plan` says. Made by `autopar.compile`."""
 
     plan: Any
@@ -166,17 +166,6 @@ class ParallelModule(nn.Module):
 
     def _tensor(self, name: str) -> Tensor:
         return self._owner[name].parameter(name) if name in self._owner else self.get_buffer_called(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelModule:
-        """What `to`, `half`, `cuda` and their kin do. Raises AutoparError for another dtype or device."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            check_moved(fn, tensor)
-        return self
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> Any:
-        """What DistributedDataParallel asks of a module first."""
-        raise parallel_already()
 
     def children(self) -> Iterator[nn.Module]:
         """What all modules' own calls, such as `to`, go on to."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autopar.core.errors import AutoparError
 from autopar.gpu import why_no_gpu
@@ -45,6 +46,21 @@ def check_moved(change: Callable[[Tensor], Tensor], like: Tensor) -> None:
     if (made.dtype, made.device) != (probe.dtype, probe.device):
         raise AutoparError(f"a compiled model of {probe.dtype} on {probe.device} is to be one of {made.dtype} on "
                            f"{made.device}; give precision= to autopar.compile, which runs on this rank's device")
+
+
+class Compiled(nn.Module):
+    """What a compiled model refuses, before its first call and after it. Abstract."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """What `to`, `half`, `cuda` and their kin do. Raises AutoparError for another dtype or device."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            check_moved(fn, tensor)
+        return self
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """What DistributedDataParallel asks of a module first."""
+        raise parallel_already()
 
 
 def parallel_already() -> AutoparError:

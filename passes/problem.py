@@ -230,11 +230,16 @@ def _tables(forward: Seconds, backward: Seconds) -> Tables:
     return tuple(map(tuple, forward.tolist())), tuple(map(tuple, backward.tolist()))
 
 
-def check_batch(context: Context, setting: Setting) -> None:
-    """Raises AutoparError when the mode shards the batch and the batch does not divide."""
+def batch_of(context: Context) -> int:
+    """The samples of a program's batch: the first dim of its first input."""
     program = context.segmented.factored.program
     tensors = [n.meta["val"] for n in program.placeholders("input") if isinstance(n.meta.get("val"), torch.Tensor)]
-    batch = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
+    return int(tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
+
+
+def check_batch(context: Context, setting: Setting) -> None:
+    """Raises AutoparError when the mode shards the batch and the batch does not divide."""
+    batch = batch_of(context)
     always = tuple(a for a, axis in enumerate(setting.mode.on(setting.mesh.shape)) if axis.batch_always)
     parts = setting.mesh.extent(always)
     if batch % parts:
