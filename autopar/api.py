@@ -153,7 +153,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     launch.init()
     order = together(ordered)
     together(material.check)
-    check_alike(_told(model, order) | {"inputs=": "absent" if call is None else "given"})
+    check_alike({"inputs=": "absent" if call is None else "given"} | _told(model, order))
     return DeferredModule(model, order) if call is None else compiled(model, call, order)
 
 

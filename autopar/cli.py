@@ -25,9 +25,15 @@ NO_MEMORY = ("planning takes more memory than this machine has left; use a small
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plan as `arguments` say, print the plan, and return the exit status. SystemExit after `--help`."""
     start = time.perf_counter()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None:
-        atexit.register(gc.freeze)  # the process ends with this command: walking what is left would take a second
+    if arguments is not None:
+        return _status(list(arguments), start)
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # first to register, last to run
+    ended.append(_status(sys.argv[1:], start))
+    return ended[0]
+
+
+def _status(given: list[str], start: float) -> int:
     try:
         print(_answer(parse_options(given), start), flush=True)
     except KeyboardInterrupt:
@@ -38,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _failed(error, given)
     return 0
+
+
+def _leave(ended: list[int]) -> None:
+    """End the process, where its status is known, without taking apart what is left: that would take two seconds."""
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
 
 
 def _answer(options: Options, start: float) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autopar.kernels import rows
+from autopar.kernels import triton_rows
 from autopar.kernels.linear_cross_entropy import Chunks, linear_cross_entropy
 
 ROUNDS, TIMES, WARMUP = 5, 4, 3
@@ -230,9 +230,9 @@ def parts(tokens: int, classes: int, width: int, device: torch.device) -> str:
     gigabytes = 2e-6 * logits.numel()
     one = torch.ones((), device=device)
     for block, each in ((4096, 8), (4096, 16), (8192, 8), (8192, 16), (16384, 16), (16384, 32)):
-        rows.LARGEST_BLOCK, rows.ELEMENTS_A_THREAD = block, each
-        for name, work, passes in (("sums", lambda: rows.TRITON.sums(logits, target, classes), 1),
-                                   ("both", lambda: rows.TRITON.both(logits, target, one, classes), 2)):
+        triton_rows.LARGEST_BLOCK, triton_rows.ELEMENTS_A_THREAD = block, each
+        for name, work, passes in (("sums", lambda: triton_rows.ROWS.sums(logits, target, classes), 1),
+                                   ("both", lambda: triton_rows.ROWS.both(logits, target, one, classes), 2)):
             lines.append(f"  rows, {name}, block {block}, {each} a thread: "
                          + timed(work, bench, passes * gigabytes, "GB/s"))
     return "\n".join(lines)

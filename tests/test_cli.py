@@ -292,11 +292,11 @@ def test_help_and_mistakes_do_not_wait_for_torch(given: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-def test_a_command_does_not_walk_what_is_left_when_it_ends() -> None:
-    told = f"import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); from {cli.__name__} import main;"
-    for call, frozen in (("main()", True), ("main(['--help'])", False)):
-        done = python("-c", f"{told} {call}", "--help")
-        assert (int(done.stdout.split()[-1]) > 0) is frozen
+def test_a_command_does_not_take_apart_what_is_left_when_it_ends() -> None:
+    told = f"import atexit, sys; atexit.register(print, 'taken apart'); from {cli.__name__} import main;"
+    for call, apart in (("main()", False), ("main(sys.argv[1:])", True)):
+        done = python("-c", f"{told} sys.exit({call})", "--model", "absent.py:build")
+        assert done.returncode == 2 and ("taken apart" in done.stdout) is apart and "absent.py" in done.stderr
 
 
 def test_as_a_command_quietly() -> None:

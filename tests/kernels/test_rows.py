@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from autopar.kernels import rows
-from autopar.kernels.rows import ELSEWHERE, HAS_TRITON, IGNORED, REFERENCE, TRITON, rows_of
+from autopar.kernels.rows import ELSEWHERE, IGNORED, REFERENCE, rows_of, triton_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-runs = pytest.mark.skipif(not HAS_TRITON or not (interpreted or DEVICE == "cuda"),
-                          reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
+TRITON: Any = triton_rows() if interpreted or DEVICE == "cuda" else None
+runs = pytest.mark.skipif(TRITON is None, reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """How far gradients, in [-1, 1], may be apart: a rounding."""
 TABLE = [(57, 64, 5), (200, 200, 64), (1, 1, 3), (64, 128, 64), (130, 192, 8192)]
@@ -35,7 +35,7 @@ def made(classes: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("classes", "width", "block"), TABLE)
 def test_kernels_do_what_their_plain_forms_do(classes: int, width: int, block: int, dtype: torch.dtype,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "LARGEST_BLOCK", max(32, 1 << (block - 1).bit_length()))
+    monkeypatch.setattr("autopar.kernels.triton_rows.LARGEST_BLOCK", max(32, 1 << (block - 1).bit_length()))
     logits, place = made(classes, width, dtype)
     wanted = logits.clone()
     scale = torch.tensor(0.5, device=DEVICE)
@@ -66,7 +66,7 @@ def test_the_plain_form_refuses_a_class_that_there_is_not() -> None:
 
 def test_rows_hidden_altogether_but_for_one_class() -> None:
     """What is masked to -inf, a whole block of it at the front, gets no gradient."""
-    for each in [REFERENCE, *([TRITON] if not runs.args[0] else [])]:
+    for each in [REFERENCE, *([] if TRITON is None else [TRITON])]:
         logits = torch.full((2, 256), -torch.inf, device=DEVICE)
         logits[:, 200] = 3.0
         total, found = each.both(logits, torch.tensor([200, ELSEWHERE], device=DEVICE),
