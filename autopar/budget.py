@@ -171,7 +171,7 @@ def _entry(kept: Kept, local: Local, counted: Local) -> Entry:
 def lowered(decision: Decision, setting: Setting) -> Executable:
     """The program of a decision for one device, connected to nobody, drawing as it does on the devices there."""
     draws: Draws = "by kernel" if fuses(setting) else "by element"
-    return build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta"), {}, draws))
+    return build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta"), {}, draws, "outside"))
 
 
 class _Accounts:

@@ -22,7 +22,7 @@ from autopar.codegen.footprint import Footprint
 from autopar.codegen.lower import Sums, Target
 from autopar.codegen.reprice import reprice, tally_calls
 from autopar.codegen.site import Draws
-from autopar.codegen.step_bytes import eager_footprints, step_bytes
+from autopar.codegen.step_bytes import by_call, eager_footprints, step_bytes
 from autopar.core.cluster import Cluster
 from autopar.core.observed import Observed
 from autopar.measure.segments import measure, surroundings
@@ -81,7 +81,7 @@ def observed_plan(plan: Plan, ctx: Context, bench: Bench, known: dict[str, Trial
     setting = setting_of(replace(plan, observed=observed), bench.cluster)
     seconds, memory = reprice(priced, setting)
     seen = footprints(plain, [found for _, found in each], bench.device.type)
-    return replace(plan, observed=observed, observed_peak=step_bytes(plain, seen, setting.optimizer.state_bytes).peak,
+    return replace(plan, observed=observed, observed_peak=step_bytes(plain, by_call(plain, seen), setting.optimizer.state_bytes).peak,
                    seconds=Seconds(seconds.seconds, seconds.compute, seconds.inline, seconds.exposed,
                                    seconds.optimizer),
                    memory=Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations,

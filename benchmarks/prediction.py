@@ -36,7 +36,7 @@ from autopar.codegen.compiled import COMPILERS
 from autopar.codegen.executable import build, offline
 from autopar.codegen.live import Live
 from autopar.codegen.lower import Target
-from autopar.codegen.step_bytes import compiled_footprints, eager_footprints, step_bytes
+from autopar.codegen.step_bytes import by_call, compiled_footprints, eager_footprints, step_bytes
 from autopar.core.cluster import Cluster
 from autopar.passes.decision import batch_axes
 from autopar.plan import Plan
@@ -265,7 +265,7 @@ def by_roofline(plan: Plan, running: Running, cluster: Cluster) -> Plan:
                               input_specs(decision, batch_axes(decision)), sums="outside"))
     kind = next(running.model.parameters()).device.type
     prints = (compiled_footprints if kind == "cuda" else eager_footprints)(executable, kind)
-    return dataclasses.replace(plain, observed_peak=step_bytes(executable, prints, setting.optimizer.state_bytes).peak,
+    return dataclasses.replace(plain, observed_peak=step_bytes(executable, by_call(executable, prints), setting.optimizer.state_bytes).peak,
                                seconds=Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed,
                                                priced.optimizer))
 

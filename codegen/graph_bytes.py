@@ -86,11 +86,7 @@ def kernels_of(graph: fx.Graph) -> Kernels:
     """Cut a graph into kernels."""
     ends = next(n for n in graph.nodes if n.op == "output")
     found = Kernels(graph, frozenset())
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr") or not is_view(node):
-            found.base[node] = node
-        else:
-            found.base[node] = found.base[node.all_input_nodes[0]]
+    found.base.update(bases_of(graph))
     found.outputs = frozenset(found.base[n] for n in ends.all_input_nodes)
     ops = [n for n in graph.nodes if n.op == "call_function" and found.base[n] is n]
     for node in ops:
@@ -172,3 +168,36 @@ def _last_reads(found: Kernels, order: Iterable[fx.Node]) -> dict[fx.Node, int]:
             last[read] = place
         last.setdefault(node, place)
     return last
+
+
+def plain_peak(graph: fx.Graph, held: Collection[fx.Node], grain: int = 1) -> int:
+    """The same where ops run one by one: each stores what it makes, and what the graph is given stays till the end."""
+    base = bases_of(graph)
+    order = [n for n in graph.nodes if n.op == "call_function" and base[n] is n]
+    place = {n: i for i, n in enumerate(order)}
+    ends = {base[n] for n in graph.output_node().all_input_nodes}
+    last = dict(place)
+    now = 0
+    for node in graph.nodes:
+        now += nbytes_of(node.meta.get("val"), grain) if node.op == "placeholder" and node not in held else 0
+        for read in node.all_input_nodes if node in place else ():
+            last[base[read]] = place[node]
+    dying: dict[int, int] = {}
+    for node in order:
+        if node not in ends:
+            dying[last[node]] = dying.get(last[node], 0) + nbytes_of(node.meta.get("val"), grain)
+    most = now
+    for i, node in enumerate(order):
+        now += nbytes_of(node.meta.get("val"), grain)
+        most = max(most, now)
+        now -= dying.get(i, 0)
+    return most
+
+
+def bases_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """By node the one whose memory it looks at."""
+    base: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        own = node.op in ("placeholder", "get_attr") or not is_view(node) or not node.all_input_nodes
+        base[node] = node if own else base[node.all_input_nodes[0]]
+    return base

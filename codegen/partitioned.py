@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import fx
 from autopar.codegen import private
 from autopar.codegen.arrivals import Arrival
 from autopar.codegen.footprint import Footprint, Run, ends_of
-from autopar.codegen.graph_bytes import kernels_of, nbytes_of, peak
+from autopar.codegen.graph_bytes import bases_of, nbytes_of, peak, plain_peak
 
 CPU = torch.device("cpu")
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+Peak = Callable[[fx.Graph, Collection[fx.Node], int], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,29 +44,37 @@ def parted(run: Run, given: Sequence[Arrival], seeds: int, partition: Partition 
 
 def compiled_footprint(parts: Parts, grain: int = 1) -> Footprint:
     """The bytes of a segment compiled from `parts`."""
+    return _footprint(parts, peak, grain)
+
+
+def interpreted_footprint(parts: Parts, grain: int = 1) -> Footprint:
+    """The bytes of a segment whose `parts` run op by op."""
+    return _footprint(parts, plain_peak, grain)
+
+
+def _footprint(parts: Parts, most: Peak, grain: int) -> Footprint:
     outputs: list[Any] = list(next(n for n in parts.forward.graph.nodes if n.op == "output").args[0])
     inputs = [n for n in parts.forward.graph.nodes if n.op == "placeholder"]
     results, kept = outputs[:parts.results], [n for n in outputs[parts.results:] if isinstance(n, fx.Node)]
-    base = kernels_of(parts.forward.graph).base
+    base = bases_of(parts.forward.graph)
     bases = [base[n] if isinstance(n, fx.Node) else None for n in results]
     own = {base[n] for n in kept} - set(inputs) - set(bases)
     sizes = [0 if b is None or b in inputs or b in bases[:i] else nbytes_of(b.meta["val"], grain)
              for i, b in enumerate(bases)]
     read = {base[n] for n in kept}
-    forward = peak(parts.forward.graph, inputs, grain)
+    results_read = tuple(i for i, b in enumerate(bases) if b in read and b not in inputs)
+    backward = _backward(parts, kept, base, inputs, bases, most, grain) + sum(sizes[i] for i in results_read)
     return Footprint(sum(nbytes_of(n.meta["val"], grain) for n in own),
-                     tuple(i for i, n in enumerate(inputs) if n in read),
-                     tuple(i for i, b in enumerate(bases) if b in read and b not in inputs), tuple(sizes), forward,
-                     _backward(parts, kept, base, inputs, bases, grain))
+                     tuple(i for i, n in enumerate(inputs) if n in read), results_read, tuple(sizes),
+                     most(parts.forward.graph, inputs, grain), backward if parts.backward is not None else 0)
 
 
 def _backward(parts: Parts, kept: list[fx.Node], base: dict[fx.Node, fx.Node], inputs: list[fx.Node],
-              bases: list[fx.Node | None], grain: int) -> int:
+              bases: list[fx.Node | None], most: Peak, grain: int) -> int:
     """The most of the backward; arguments and results that it reads are held by others."""
     if parts.backward is None:
         return 0
     placeholders = [n for n in parts.backward.graph.nodes if n.op == "placeholder"]
     given = {n.name: base[n] for n in kept}
     others = [n for n in placeholders if given.get(n.name) in inputs or (n.name in given and given[n.name] in bases)]
-    return peak(parts.backward.graph, others, grain)
-
+    return most(parts.backward.graph, others, grain)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from autopar.codegen.arrivals import arrivals
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.executable import Call, Executable
+from autopar.codegen.lower import Lowered
 from autopar.codegen.marks import names
 from autopar.codegen.retained import Rates, Retained, fuses, retained
 from autopar.core.checkpoint import keep
@@ -188,6 +189,7 @@ def _tally(call: Call, executable: Executable, setting: Setting) -> Tally:
             by_op.setdefault(node.meta["op"], []).append(node)
         elif node.op == "call_module":
             _add_communication(node, shapes, tally, decision, setting, names(lowered))
+    _add_outside(lowered, arguments, tally, decision, setting)
     called = names(lowered)
     for index, nodes in by_op.items():
         _add_op(decision.context.segmented.ops[index], nodes, shapes, tally, decision, setting, called)
@@ -201,13 +203,9 @@ def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: De
                        called: dict[fx.Node, str]) -> None:
     module: nn.Module = shapes.submodules[str(node.target)]
     if isinstance(module, ReduceGradients):
-        gathered = {n.name: decision.mesh.extent(s.gathered) for n, s in decision.storage.items()
-                    if n in decision.context.gradients}
-        trained = [n for n in node.all_input_nodes if n.name in gathered]
-        nbytes = sum(_nbytes(shapes.env[n]) / gathered[n.name] for n in trained)
-        seconds = _together(setting, "all_reduce", module.axes, nbytes, len(trained) * tally.share)
-        tally.backward.hidden += seconds
-        tally.once += seconds
+        trained = {n.name for n in decision.storage if n in decision.context.gradients}
+        found = [(n.name, _nbytes(shapes.env[n])) for n in node.all_input_nodes if n.name in trained]
+        _add_sums(module.axes, found, tally, decision, setting)
         return
     assert isinstance(module, Reshard)
     _, differentiable = node.meta["reshard"]
@@ -217,6 +215,26 @@ def _add_communication(node: fx.Node, shapes: Shapes, tally: Tally, decision: De
         tally.forward.inline += forward
         tally.made[called[node]] = tally.made.get(called[node], 0.0) + forward
         tally.backward.inline += backward if differentiable else 0.0
+
+
+def _add_sums(axes: tuple[int, ...], found: list[tuple[str, int]], tally: Tally, decision: Decision,
+              setting: Setting) -> None:
+    """One sum over `axes` of gradients of parameters that rest whole, by placeholder name and bytes."""
+    gathered = {n.name: decision.mesh.extent(s.gathered) for n, s in decision.storage.items()}
+    nbytes = sum(size / gathered[name] for name, size in found)
+    seconds = _together(setting, "all_reduce", axes, nbytes, len(found) * tally.share)
+    tally.backward.hidden += seconds
+    tally.once += seconds
+
+
+def _add_outside(lowered: Lowered, arguments: list[Tensor], tally: Tally, decision: Decision, setting: Setting) -> None:
+    """The sums that are left to whoever runs the segment."""
+    by_axes: dict[tuple[int, ...], list[tuple[str, int]]] = {}
+    for node, axes, argument in zip(lowered.segment.externals, lowered.sums, arguments, strict=True):
+        if axes and node in decision.context.gradients:
+            by_axes.setdefault(axes, []).append((node.name, _nbytes(argument)))
+    for axes, found in by_axes.items():
+        _add_sums(axes, found, tally, decision, setting)
 
 
 def _add_gather(node: fx.Node, tally: Tally, decision: Decision, setting: Setting) -> None:

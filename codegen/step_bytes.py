@@ -1,16 +1,22 @@
 """Bytes that a device holds through a step: the footprints of its calls, one after another, and what surrounds them.
 
-Forward, in call i: what rests, what earlier calls saved and made, what the call works with. Backward, in call i: what
-rests, what calls up to it saved and made, gradients that wait for values made earlier, gradients of parameters of later
-calls, and what the call works with. Gathered parameters come and go as `codegen.engine` and `codegen.tape` have them:
-those of the next call are under way in a buffer while one runs, and gradients of the last few are being summed.
+Forward, in call i: what rests, what earlier calls saved and made, and what the call works with. Backward, in call i:
+what rests, what calls up to it saved and made, gradients that wait for values made earlier, gradients of parameters of
+later calls, and what the call works with. Gathered parameters come and go as `codegen.engine` and `codegen.tape` have
+them: those of the next call are under way in a buffer while one runs, and gradients of the last few are being summed.
+
+    bytes in moment k of call p = fixed_k[p] + Σ_{q < p} saved of q + extra_k of p's footprint
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from autopar.codegen.arrivals import arrivals
@@ -24,6 +30,11 @@ from autopar.passes.moments import Held, held
 
 GRAIN = {"cuda": 512}
 """The bytes that an allocator rounds up to, by kind of device."""
+Array = NDArray[np.float64]
+Moment = Literal["forward", "gathered", "backward", "gathered again", "sent"]
+MOMENTS: tuple[Moment, ...] = ("forward", "gathered", "backward", "gathered again", "sent")
+"""Of each call: its forward, the gathering before that, its backward, the gathering before that, gradients on their way
+when it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,12 @@ class StepBytes:
     def peak(self) -> float:
         """The most at any moment."""
         return max(self.forward, self.backward, self.update)
+
+
+def extras(each: Footprint) -> tuple[float, ...]:
+    """What a call with that footprint holds in each of `MOMENTS` beside what is there whatever it does."""
+    read = sum(size for i, size in enumerate(each.results_bytes) if i in each.results)
+    return float(each.forward), 0.0, float(each.backward - read), float(each.saved - read), 0.0
 
 
 def eager_footprints(executable: Executable, kind: str) -> dict[int, Footprint]:
@@ -63,22 +80,39 @@ def compiled_footprints(executable: Executable, kind: str) -> dict[int, Footprin
     return found
 
 
-def step_bytes(executable: Executable, footprints: dict[int, Footprint], state_bytes: float) -> StepBytes:
-    """Through a step of training; `state_bytes` are an optimizer's for an element."""
-    return _Step(executable, tuple(footprints[id(call.lowered)] for call in executable.calls), state_bytes).bytes()
+def by_call(executable: Executable, footprints: dict[int, Footprint]) -> tuple[Footprint, ...]:
+    """The footprint of each call."""
+    return tuple(footprints[id(call.lowered)] for call in executable.calls)
+
+
+def step_bytes(executable: Executable, prints: Sequence[Footprint], state_bytes: float) -> StepBytes:
+    """Through a step of training whose calls have those footprints; `state_bytes` are an optimizer's for an element."""
+    course = Course(executable, tuple(each.results_bytes for each in prints), state_bytes)
+    most = course.bytes_by_moment(prints).max(1, initial=0.0)
+    return StepBytes(course.rest, float(max(most[:2])), float(max(most[2:])), course.update)
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
+class Course:
+    """What there is in each moment of each call, whatever calls keep; `results` are the bytes of what each makes."""
+
     executable: Executable
-    prints: tuple[Footprint, ...]
+    results: tuple[tuple[int, ...], ...]
     state_bytes: float
 
-    def bytes(self) -> StepBytes:
-        places = range(len(self.prints))
-        grads = sum(h.gradient for h in self.held.values())
-        return StepBytes(self.rest, max(map(self._forward, places), default=0.0),
-                         max(map(self._backward, places), default=0.0), self.rest + grads)
+    def bytes_by_moment(self, prints: Sequence[Footprint]) -> Array:
+        """Bytes in every moment of every call: (moments, calls)."""
+        saved = np.cumsum([0.0, *(each.saved for each in prints)])[:-1]
+        return np.stack(self.fixed) + saved + np.array([extras(each) for each in prints]).reshape(-1, len(MOMENTS)).T
+
+    @cached_property
+    def fixed(self) -> tuple[Array, ...]:
+        """By moment, what is there in each call but for what calls save and work with."""
+        forward = self.rest + self._values + self._here
+        after = self.rest + self._values_after + self._here + self.gradients + self._coming_back
+        before = after - self._coming_back + self._waiting
+        return (forward + self._coming, forward + self._own, before + self._coming_back, before + self._own_back,
+                after + self._waiting_after + self._sent)
 
     @cached_property
     def held(self) -> dict[fx.Node, Held]:
@@ -101,10 +135,15 @@ class _Step:
                 + sum(_nbytes(n.meta["val"]) for n in unread if n.users))
 
     @cached_property
+    def update(self) -> float:
+        """While the optimizer steps."""
+        return self.rest + sum(h.gradient for h in self.held.values())
+
+    @cached_property
     def sizes(self) -> dict[fx.Node, float]:
         """Bytes of every value that a call makes; 0 for one in another's memory."""
-        return {node: nbytes for call, each in zip(self.executable.calls, self.prints, strict=True)
-                for node, nbytes in zip(call.exports, each.results_bytes, strict=True)}
+        return {node: nbytes for call, each in zip(self.executable.calls, self.results, strict=True)
+                for node, nbytes in zip(call.exports, each, strict=True)}
 
     @cached_property
     def made(self) -> dict[fx.Node, int]:
@@ -112,69 +151,113 @@ class _Step:
         return {node: place for place, call in enumerate(self.executable.calls) for node in call.exports}
 
     @cached_property
-    def users(self) -> dict[fx.Node, list[int]]:
-        """The calls that read a value through which a gradient flows, ascending."""
-        found: dict[fx.Node, list[int]] = {}
+    def last(self) -> dict[fx.Node, int]:
+        """The last call that reads a value through which a gradient flows."""
+        gradients = self.executable.decision.context.gradients
+        return {node: place for place, call in enumerate(self.executable.calls) for node in call.segment.externals
+                if node in self.sizes and node in gradients}
+
+    @cached_property
+    def uses(self) -> dict[fx.Node, tuple[int, int]]:
+        """Each parameter that is used, with the first and the last call that uses it."""
+        found = dict[fx.Node, tuple[int, int]]()
         for place, call in enumerate(self.executable.calls):
             for node in call.segment.externals:
-                if node in self.sizes and node in self.executable.decision.context.gradients:
-                    found.setdefault(node, []).append(place)
+                if node in self.held:
+                    found[node] = found.get(node, (place, place))[0], place
         return found
 
     @cached_property
     def gathered(self) -> dict[fx.Node, tuple[int, int]]:
-        """Each parameter that is gathered, with the first and the last call that uses it."""
-        storage, found = self.executable.decision.storage, dict[fx.Node, tuple[int, int]]()
-        for place, call in enumerate(self.executable.calls):
-            for node in call.segment.externals:
-                if node in storage and self.executable.decision.mesh.extent(storage[node].gathered) > 1:
-                    found[node] = found.get(node, (place, place))[0], place
-        return found
+        """Those that are gathered."""
+        decision = self.executable.decision
+        return {node: used for node, used in self.uses.items()
+                if decision.mesh.extent(decision.storage[node].gathered) > 1}
 
-    def _values(self, place: int) -> float:
-        """What calls before `place` made: all of it is held for their backwards."""
-        return sum(size for node, size in self.sizes.items() if self.made[node] < place)
+    def _spread(self, spans: Iterable[tuple[float, int, int]]) -> Array:
+        """Bytes by call of what is there from one call to another, both counted."""
+        found = np.zeros(len(self.executable.calls) + 1)
+        for nbytes, first, last in spans:
+            if first <= last:
+                found[max(first, 0)] += nbytes
+                found[last + 1] -= nbytes
+        return np.cumsum(found)[:-1]
 
-    def _saved(self, place: int) -> float:
-        """What the calls before `place` saved."""
-        return sum(each.saved for each in self.prints[:place])
+    @property
+    def _end(self) -> int:
+        return len(self.executable.calls) - 1
 
-    def _forward(self, place: int) -> float:
-        here = sum(self._whole(n) for n, (first, last) in self.gathered.items()
-                   if first <= place and (place <= last or self._stays(n)))
-        coming = sum(self._whole(n) for n, (first, _) in self.gathered.items() if first == place + 1)
-        own = sum(self._whole(n) for n, (first, _) in self.gathered.items() if first == place)
-        given = self.rest + self._values(place) + self._saved(place) + here
-        return given + max(coming + self.prints[place].forward, own)
+    @cached_property
+    def _values(self) -> Array:
+        """What calls before each made: all of it is held for their backwards."""
+        return self._spread((size, self.made[n] + 1, self._end) for n, size in self.sizes.items())
 
-    def _stays(self, node: fx.Node) -> bool:
-        """Whether a gathered parameter stays between the forward and the backward."""
-        return self.executable.decision.storage[node].kept or self.gathered[node][1] == len(self.prints) - 1
+    @cached_property
+    def _values_after(self) -> Array:
+        """The same with what the call itself made."""
+        return self._spread((size, self.made[n], self._end) for n, size in self.sizes.items())
 
-    def _backward(self, place: int) -> float:
-        here = sum(self._whole(n) for n, (first, last) in self.gathered.items()
-                   if first <= place and (place <= last or self._stays(n)))
-        coming = sum(self._whole(n) for n, (_, last) in self.gathered.items()
-                     if last == place - 1 and not self._stays(n))
-        own = sum(self._whole(n) for n, (_, last) in self.gathered.items() if last == place and not self._stays(n))
-        given = self.rest + self._values(place + 1) + self._saved(place) + here + self._gradients(place)
-        read = sum(size for i, size in enumerate(self.prints[place].results_bytes) if i in self.prints[place].results)
-        before = given + self._waiting(place, place + 1) - read
-        return max(before + coming + self.prints[place].backward, before + own + self.prints[place].saved,
-                   given + self._waiting(place, place) + coming + self._sent(place))
+    @cached_property
+    def _here(self) -> Array:
+        """Gathered parameters that are there."""
+        return self._spread((self._whole(n), first, self._end if self._stays(n) else last)
+                            for n, (first, last) in self.gathered.items())
 
-    def _waiting(self, place: int, since: int) -> float:
-        """Gradients that calls from `since` on brought to values that were made before `place`."""
-        return sum(size for node, size in self.sizes.items()
-                   if self.made[node] < place and any(reader >= since for reader in self.users.get(node, ())))
+    @cached_property
+    def _coming(self) -> Array:
+        """Those of the next call."""
+        return self._spread((self._whole(n), first - 1, first - 1) for n, (first, _) in self.gathered.items() if first)
 
-    def _sent(self, place: int) -> float:
+    @cached_property
+    def _own(self) -> Array:
+        """The buffer of those that a call begins with."""
+        return self._spread((self._whole(n), first, first) for n, (first, _) in self.gathered.items())
+
+    @cached_property
+    def _coming_back(self) -> Array:
+        """In the backward, those of the call before."""
+        return self._spread((self._whole(n), last + 1, last + 1) for n, (_, last) in self.gathered.items()
+                            if not self._stays(n))
+
+    @cached_property
+    def _own_back(self) -> Array:
+        return self._spread((self._whole(n), last, last) for n, (_, last) in self.gathered.items()
+                            if not self._stays(n))
+
+    @cached_property
+    def _waiting(self) -> Array:
+        """Gradients that later calls brought to values that were made before each."""
+        return self._spread((self.sizes[n], self.made[n] + 1, last - 1) for n, last in self.last.items())
+
+    @cached_property
+    def _waiting_after(self) -> Array:
+        """The same with those that the call itself brings."""
+        return self._spread((self.sizes[n], self.made[n] + 1, last) for n, last in self.last.items())
+
+    @cached_property
+    def gradients(self) -> Array:
+        """Of parameters of later calls: those that are summed, those being summed, and those still to be added to."""
+        done = self._spread((self.held[n].gradient, 0, first - 1) for n, (first, _) in self.uses.items())
+        due = self._spread((self._whole(n) if n in self.gathered else self.held[n].gradient, first, last - 1)
+                           for n, (first, last) in self.uses.items() if self.held[n].gradient)
+        flying = self._spread((self._flying(p), p - IN_FLIGHT + 1, p - 1) for p in range(self._end + 1))
+        return done + due + flying
+
+    @cached_property
+    def _sent(self) -> Array:
         """The gradients that a call brings to parameters, beside the buffers from which they are summed."""
+        return np.array([self._sent_by(place) for place in range(self._end + 1)])
+
+    def _sent_by(self, place: int) -> float:
         gathered = [n for n in self._learning(place) if n in self.gathered]
         return (sum(self._whole(n) * (1.0 + (self._widening(n) if self.gathered[n][0] == place else 0.0))
                     for n in gathered)
                 + sum(self.held[n].gradient * (1.0 + _copies(n) * summed)
                       for n, summed in self._at_home(place).items()))
+
+    def _stays(self, node: fx.Node) -> bool:
+        """Whether a gathered parameter stays between the forward and the backward."""
+        return self.executable.decision.storage[node].kept or self.gathered[node][1] == self._end
 
     def _learning(self, place: int) -> list[fx.Node]:
         """The parameters that a call brings gradients to."""
@@ -187,14 +270,6 @@ class _Step:
         over = dict(zip(call.segment.externals, call.lowered.sums, strict=False))
         return {n: self.executable.decision.mesh.extent(over.get(n, ())) > 1
                 for n in self._learning(place) if n not in self.gathered}
-
-    def _gradients(self, place: int) -> float:
-        """Of parameters of later calls: those that are summed, those being summed, and those still to be added to."""
-        later = {n for call in self.executable.calls[place + 1:] for n in call.segment.externals if n in self.held}
-        waiting = {n for call in self.executable.calls[:place + 1] for n in call.segment.externals}
-        done = sum(self.held[n].gradient for n in later - waiting)
-        due = sum(self._whole(n) if n in self.gathered else self.held[n].gradient for n in later & waiting)
-        return done + due + sum(self._flying(i) for i in range(place + 1, min(place + IN_FLIGHT, len(self.prints))))
 
     def _flying(self, place: int) -> float:
         """What is held while gradients that a call brought are summed: themselves, and what they were packed into."""

@@ -14,7 +14,7 @@ from autopar.codegen.executable import Executable, build, offline
 from autopar.codegen.footprint import Footprint, Kernels, footprint
 from autopar.codegen.lower import Target
 from autopar.codegen.partitioned import compiled_footprint, parted
-from autopar.codegen.step_bytes import eager_footprints, step_bytes
+from autopar.codegen.step_bytes import by_call, eager_footprints, step_bytes
 from autopar.core.mesh import Mesh
 from autopar.planner import Request, decision_of, solve
 from tests.builders import quick
@@ -75,7 +75,7 @@ def test_what_a_compiler_keeps_is_no_more() -> None:
 def test_a_step_holds_more_than_rests() -> None:
     executable = lowered("gpt2", "ddp", (2,), "meta")
     prints = eager_footprints(executable, "cpu")
-    found = step_bytes(executable, prints, 8.0)
+    found = step_bytes(executable, by_call(executable, prints), 8.0)
     saved = sum(prints[id(call.lowered)].saved for call in executable.calls)
     assert found.rest < found.update < found.peak
     assert found.backward > found.rest + saved - prints[id(executable.calls[-1].lowered)].saved
