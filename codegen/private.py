@@ -26,6 +26,7 @@ which takes seconds.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 from collections.abc import Callable
@@ -273,8 +274,8 @@ class _Traced(Exception):
     """Carries a joint graph out of AOTAutograd before it compiles it."""
 
 
-def joint_graph(module: fx.GraphModule, inputs: list[Tensor], fused: bool) -> tuple[fx.GraphModule, int] | None:
-    """The forward and the backward of `module` in one graph, and how many of its outputs are the forward's.
+def joint_graph(run: Callable[..., Any], inputs: list[Tensor], fused: bool) -> tuple[fx.GraphModule, int] | None:
+    """The forward and the backward of `run` in one graph, and how many of its outputs are the forward's.
 
     None where nothing is differentiated. `inputs` are on the CPU without values; ops are those that Inductor
     compiles if `fused`, else torch's own.
@@ -287,11 +288,10 @@ def joint_graph(module: fx.GraphModule, inputs: list[Tensor], fused: bool) -> tu
 
     table: Any = None
     if fused:
-        from torch._inductor.decomposition import select_decomp_table
-        table = select_decomp_table()
+        table = _decompositions()
     try:
         with config.patch(enable_autograd_cache=False):
-            compilers.aot_function(module.forward, compilers.nop, partition_fn=stop, decompositions=table)(*inputs)
+            compilers.aot_function(lambda *given: tuple(run(*given)), compilers.nop, partition_fn=stop, decompositions=table)(*inputs)
     except _Traced as found:
         return found.args
     return None
@@ -314,6 +314,22 @@ def cut_joint(joint: fx.GraphModule, saved: list[fx.Node], outputs: int) -> tupl
     return forward, partitioners.reordering_to_mimic_autograd_engine(backward)
 
 
+def _decompositions() -> Any:
+    """Inductor's; some of them look into its lowerings without importing those."""
+    importlib.import_module("torch._inductor.lowering")
+    from torch._inductor.decomposition import select_decomp_table
+    return select_decomp_table()
+
+
+def cut_by_compiler(joint: fx.GraphModule, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The forward and the backward as Inductor cuts a joint graph, which is left as it is."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    copied = fx.GraphModule(joint, copy.deepcopy(joint.graph))
+    found: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
+        copied, None, compiler="inductor", num_fwd_outputs=outputs)
+    return found
+
+
 def traced(run: Callable[..., Any], arguments: list[Tensor], keep: Callable[[str, fx.GraphModule], object],
            partition: Callable[..., Any] | None = None) -> list[Tensor]:
     """The results of `run(*arguments)`, traced by AOTAutograd with Inductor's decompositions.
@@ -326,7 +342,6 @@ def traced(run: Callable[..., Any], arguments: list[Tensor], keep: Callable[[str
     from torch._functorch.aot_autograd import aot_function
     from torch._functorch.aot_autograd import make_boxed_func as boxed  # type: ignore[attr-defined]
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
 
     def kept(name: str) -> Any:
         def compiler(graph: fx.GraphModule, _: Any) -> Any:
@@ -336,7 +351,7 @@ def traced(run: Callable[..., Any], arguments: list[Tensor], keep: Callable[[str
 
     made = aot_function(lambda *inputs: tuple(run(*inputs)), fw_compiler=kept("forward"), bw_compiler=kept("backward"),
                         partition_fn=partition or partial(min_cut_rematerialization_partition, compiler="inductor"),
-                        decompositions=select_decomp_table(), keep_inference_input_mutations=True)
+                        decompositions=_decompositions(), keep_inference_input_mutations=True)
     return list(made(*arguments))
 
 

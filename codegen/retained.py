@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from autopar.codegen import private
 from autopar.codegen.executable import Call
+from autopar.codegen.footprint import Kernels
 from autopar.codegen.joint import Joint, costly, joint, size_of
 from autopar.codegen.lower import Lowered
 from autopar.codegen.marks import exported, marked
@@ -45,9 +46,11 @@ def fuses(setting: Setting) -> bool:
 class Retained:
     """What the backward of a lowered segment needs, and which of it comes from other segments or goes to them.
 
-    `entering` are the places of externals by the name of their value, `leaving` the exports.
+    `entering` are the places of externals by the name of their value, `leaving` the exports; `joint` is None where no
+    gradient flows.
     """
 
+    joint: Joint | None
     local: Local
     entering: Mapping[str, int]
     leaving: Mapping[str, fx.Node]
@@ -81,11 +84,13 @@ def _retained(lowered: Lowered, decision: Decision, rates: Rates) -> Retained:
             node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
     module.recompile()
     with private.without_values():
-        found = private.joint_graph(module, _inputs(lowered, decision), rates.fused)
-    local = Local((), ()) if found is None else _Reader(joint(*found), lowered, decision, rates).local()
+        run = Kernels(module, "cuda") if rates.fused else module.forward
+        traced = private.joint_graph(run, _inputs(lowered, decision), rates.fused)
+    found = None if traced is None else joint(*traced)
+    local = Local((), ()) if found is None else _Reader(found, lowered, decision, rates).local()
     entering = {name: int(name.removeprefix("x")) for name in local.fixed}
     factored = decision.context.segmented.factored
-    return Retained(local, entering, exported(lowered), lambda node: factored.base(node)[0])
+    return Retained(found, local, entering, exported(lowered), lambda node: factored.base(node)[0])
 
 
 def _inputs(lowered: Lowered, decision: Decision) -> list[Tensor]:

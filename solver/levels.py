@@ -4,15 +4,14 @@
     y[g,e] ∈ {0, 1}      any does
 
     count   Σ_e n[g,e] = count of g,  n[g,e] ≤ count · y[g,e]
-    last    base + Σ_{h<g} S_h + Σ_{d≤e} n[g,d] · (saved_d + copies) + Σ_{h>g} G_h
-            + (count − Σ_{d≤e} n[g,d] + y[g,e]) · gradient + working + transient_e · y[g,e] ≤ budget
-                                                                                 the last segment that runs as e
-    first   base + Σ_{h<g} S_h + Σ_{d<e} n[g,d] · (saved_d + copies) + (saved_e + copies) · y[g,e] + Σ_{h>g} G_h
-            + (count − Σ_{d<e} n[g,d]) · gradient + working + transient_e · y[g,e] ≤ budget      and the first one
+    last    first_k + step_k · (Σ_{d≤e} n[g,d] − 1) + Σ_{h<g} S_h + Σ_{d≤e} n[g,d] · saved_d
+            + (extra_k,e − saved_e) · y[g,e] − slack_g · (1 − y[g,e]) ≤ budget     the last segment that runs as e
+    first   first_k + step_k · Σ_{d<e} n[g,d] + Σ_{h<g} S_h + Σ_{d<e} n[g,d] · saved_d
+            + extra_k,e · y[g,e] − slack_g · (1 − y[g,e]) ≤ budget                 and the first one
     minimise Σ n · seconds
 
-with S_h = Σ_d n[h,d] · (saved_d + copies) and G_h = count · gradient. Where no segment runs as e its rows say no more
-than those of the entry before.
+for every moment k, with S_h = Σ_d n[h,d] · saved_d. slack_g is what makes rows of an entry that no segment runs as say
+no more than those of the entry before. Moments that another one never falls below have no rows.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import math
 from collections.abc import Iterator
 
 from autopar.core.errors import Infeasible
-from autopar.core.levels import Counts, Step, Stretch, bytes_of, seconds_of
+from autopar.core.levels import Counts, Entry, Step, Stretch, bytes_of, seconds_of
 from autopar.solver.model import Model, Outcome, Variable
 
 Terms = list[tuple[Variable, float]]
@@ -70,23 +69,32 @@ def _scale(step: Step) -> float:
 def _rows(step: Step, numbers: list[list[Variable]], model: Model) -> Iterator[tuple[Terms, float]]:
     """What may be the fullest moments: what counts for them, and what is there anyway."""
     before: Terms = []
-    after = sum(stretch.count * stretch.gradient for stretch in step.stretches)
-    yield [], step.base + after
+    yield [], step.least
     for g, (stretch, row) in enumerate(zip(step.stretches, numbers, strict=True)):
-        after -= stretch.count * stretch.gradient
-        within: Terms = []
-        held = step.base + after + stretch.count * stretch.gradient + stretch.working
+        slack = _slack(stretch)
         for e, entry in enumerate(stretch.menu):
-            any_, each = model.variables[f"y({g},{e})"], entry.saved + stretch.copies
-            yield [*before, *_net(within, stretch), (any_, each + entry.transient)], held
-            within.append((row[e], each))
-            yield [*before, *_net(within, stretch), (any_, stretch.gradient + entry.transient)], held
-        before += within
+            any_ = model.variables[f"y({g},{e})"]
+            for k in _fullest(stretch, entry):
+                first, more, extra = stretch.first[k], stretch.step[k], entry.extras[k]
+                earlier = [(n, each.saved + more) for n, each in zip(row[:e], stretch.menu, strict=False)]
+                yield [*before, *earlier, (any_, slack + extra)], first - slack
+                here = [*earlier, (row[e], entry.saved + more)]
+                yield [*before, *here, (any_, slack + extra - entry.saved)], first - more - slack
+        before += [(n, each.saved) for n, each in zip(row, stretch.menu, strict=True)]
 
 
-def _net(within: Terms, stretch: Stretch) -> Terms:
-    """What those segments save less the gradients that are not there yet."""
-    return [(n, each - stretch.gradient) for n, each in within]
+def _slack(stretch: Stretch) -> float:
+    """By how much at most the rows of an entry that none runs as would exceed those of the one before."""
+    return max(0.0, *(entry.saved - extra + abs(more) for entry in stretch.menu
+                      for extra, more in zip(entry.extras, stretch.step, strict=True)))
+
+
+def _fullest(stretch: Stretch, entry: Entry) -> list[int]:
+    """The moments of segments that run as an entry which no other one covers, at the stretch's first and last."""
+    ends = [(first + extra, first + (stretch.count - 1) * more + extra)
+            for first, more, extra in zip(stretch.first, stretch.step, entry.extras, strict=True)]
+    return [k for k, end in enumerate(ends) if not any(
+        other[0] >= end[0] and other[1] >= end[1] and (other != end or j < k) for j, other in enumerate(ends) if j != k)]
 
 
 def decode(step: Step, outcome: Outcome) -> Counts:

@@ -4,8 +4,7 @@ Segments that are equal and follow each other are a `Stretch`; `counts[g][e]` of
 Within a stretch those that keep less come first: there is the least to be held when they run backward, and between
 its ends bytes along a stretch are never more than at the ends of the runs of one entry.
 
-    bytes in the backward of a segment = base + Σ_{it and those before} (saved + copies)
-                                         + Σ_{it and those after} gradient + working + transient
+    bytes in moment k of a segment = first_k + place in its stretch · step_k + Σ_{those before} saved + extra_k
 """
 
 from __future__ import annotations
@@ -16,34 +15,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A way to run a segment: bytes `saved` for its backward and `transient` in it, `seconds` of making again."""
+    """A way to run a segment: bytes `saved` for its backward, `extras` it works with by moment, and the `seconds` of
+    making again."""
 
     saved: float
-    transient: float
+    extras: tuple[float, ...]
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """`count` equal segments in a row. `menu` is sorted by bytes saved, the fewest first; of each segment `copies`
-    bytes are held from its forward to its backward whatever the entry, `gradient` from its backward on, `working`
-    meanwhile.
+    """`count` equal segments in a row. `menu` is sorted by bytes saved, the fewest first; by moment, `first` is what
+    is there at the first of them whatever segments keep, and `step` how much more at each next one.
     """
 
     name: str
     count: int
     menu: tuple[Entry, ...]
-    copies: float = 0.0
-    gradient: float = 0.0
-    working: float = 0.0
+    first: tuple[float, ...]
+    step: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step's stretches in order, bytes held all the time, and the budget."""
+    """A step's stretches in order, the least bytes that it comes to whatever they do, and the budget."""
 
     stretches: tuple[Stretch, ...]
-    base: float
+    least: float
     budget: float
 
 
@@ -62,11 +60,11 @@ def bytes_of(step: Step, counts: Counts) -> float:
 
 
 def _moments(step: Step, counts: Counts) -> Iterator[float]:
-    segments = [(stretch, entry) for stretch, row in zip(step.stretches, counts, strict=True)
-                for entry, n in zip(stretch.menu, row, strict=True) for _ in range(n)]
-    gradients, saved = sum(stretch.gradient for stretch, _ in segments), 0.0
-    yield step.base + gradients
-    for stretch, entry in segments:
-        saved += entry.saved + stretch.copies
-        yield step.base + gradients + saved + stretch.working + entry.transient
-        gradients -= stretch.gradient
+    saved = 0.0
+    yield step.least
+    for stretch, row in zip(step.stretches, counts, strict=True):
+        entries = [entry for entry, n in zip(stretch.menu, row, strict=True) for _ in range(n)]
+        for place, entry in enumerate(entries):
+            yield from (first + place * more + saved + extra
+                        for first, more, extra in zip(stretch.first, stretch.step, entry.extras, strict=True))
+            saved += entry.saved

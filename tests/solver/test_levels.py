@@ -18,13 +18,15 @@ def random_step(seed: int) -> Step:
     """One to three stretches of up to four segments with up to three entries."""
     rng = random.Random(seed)
 
+    def figures(least: int, most: int) -> tuple[float, ...]:
+        return tuple(float(rng.choice((0, rng.randint(least, most)))) for _ in range(2))
+
     def entry() -> Entry:
-        return Entry(float(rng.randrange(100)), float(rng.choice((0, rng.randrange(60)))), rng.random())
+        return Entry(float(rng.randrange(100)), figures(-20, 80), rng.random())
 
     stretches = tuple(
         Stretch(f"g{g}", rng.randint(1, 4), tuple(sorted((entry() for _ in range(rng.randint(1, 3))),
-                                                         key=lambda e: e.saved)),
-                float(rng.randrange(10)), float(rng.choice((0, rng.randrange(80)))), float(rng.randrange(50)))
+                                                         key=lambda e: e.saved)), figures(10, 90), figures(-30, 30))
         for g in range(rng.randint(1, 3)))
     step = Step(stretches, 10.0, 0.0)
     held = sorted(bytes_of(step, counts) for counts in every(step))

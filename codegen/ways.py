@@ -1,0 +1,70 @@
+"""The ways to run the calls of a program: what each keeps for its backward, and what that comes to in bytes.
+
+Bytes are told from the graphs that run: a joint graph is traced once and cut for each set of values that is kept, by
+the plan or, where that has none, by whoever runs the segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from autopar.codegen.arrivals import arrivals
+from autopar.codegen.executable import Call, Executable
+from autopar.codegen.footprint import Footprint, Kernels, footprint
+from autopar.codegen.partitioned import Parts, compiled_footprint, interpreted_footprint
+from autopar.codegen.private import cut_by_compiler, cut_joint
+from autopar.codegen.reprice import Tally, retained_by, tally_calls
+from autopar.codegen.retained import Retained, fuses
+from autopar.codegen.step_bytes import GRAIN, Course
+from autopar.passes.problem import Setting
+
+Kept = tuple[str, ...] | None
+"""Names as `codegen.marks` gives them; None where a plan leaves it to whoever runs the segment."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ways:
+    """The calls of an executable on meta, where they run compiled (`fused`) or op by op."""
+
+    executable: Executable
+    tallies: list[Tally]
+    retained: list[Retained]
+    fused: bool
+    state_bytes: float
+    _known: dict[tuple[int, Kept], Footprint] = field(default_factory=dict)
+
+    def footprint(self, place: int, kept: Kept) -> Footprint:
+        """Bytes of a call that keeps what is called so."""
+        key = id(self.executable.calls[place].lowered), kept
+        if key not in self._known:
+            self._known[key] = self._cut(self.executable.calls[place], self.retained[place], kept)
+        return self._known[key]
+
+    def footprints(self, kept: dict[str, tuple[str, ...]]) -> tuple[Footprint, ...]:
+        """Of every call, by what segments keep."""
+        return tuple(self.footprint(place, kept.get(call.segment.name))
+                     for place, call in enumerate(self.executable.calls))
+
+    def course(self) -> Course:
+        """What there is whatever calls keep."""
+        return Course(self.executable, tuple(each.results_bytes for each in self.footprints({})), self.state_bytes)
+
+    def _cut(self, call: Call, retained: Retained, kept: Kept) -> Footprint:
+        found, kind = retained.joint, "cuda" if self.fused else "cpu"
+        if found is None or (kept is None and not self.fused):
+            given = arrivals(call.lowered, self.executable.decision, self.executable.target.inputs)
+            run = Kernels(call.lowered.module, kind)
+            return footprint(run, given, 1 + call.lowered.host_seeded, grain=GRAIN.get(kind, 1))
+        if kept is None:
+            parts = cut_by_compiler(found.module, found.outputs)
+        else:
+            parts = cut_joint(found.module, found.saved(frozenset(kept)), found.outputs)
+        made = Parts(*parts, found.outputs, len(call.segment.externals) + 1 + call.lowered.host_seeded)
+        return (compiled_footprint if self.fused else interpreted_footprint)(made, GRAIN.get(kind, 1))
+
+
+def ways_of(executable: Executable, setting: Setting) -> Ways:
+    """The ways to run a lowered program in a setting."""
+    tallies = tally_calls(executable, setting)
+    return Ways(executable, tallies, retained_by(executable, setting, tallies), fuses(setting),
+                setting.optimizer.state_bytes)
