@@ -1,7 +1,7 @@
 """Recomputation for a decided sharding: what every segment keeps, so that a step stays within its budget.
 
 Each lowered segment has a menu of what to keep (`solver.checkpoint`), of which the counts of equal segments are chosen
-(`solver.levels`).
+(`solver.levels`). Bytes are those of the graphs that run (`codegen.ways`), moment by moment of a step.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch import fx
 
-from autopar.codegen.executable import Call, Executable, build, offline
+from autopar.codegen.executable import Executable, build, offline
 from autopar.codegen.lower import Target
-from autopar.codegen.reprice import Memory, copied, reprice, retained_by, tally_calls
+from autopar.codegen.reprice import Memory, reprice
 from autopar.codegen.retained import Retained, fuses
 from autopar.codegen.site import Draws
-from autopar.core.checkpoint import Kept, Local
+from autopar.codegen.step_bytes import Course, extras
+from autopar.codegen.surrounding import surrounding_bytes
+from autopar.codegen.ways import Ways, memory_of, ways_of
+from autopar.core.checkpoint import Local
 from autopar.core.errors import Infeasible
 from autopar.core.levels import Counts, Entry, Step, Stretch
 from autopar.core.sharding import Instance, Priced, price
 from autopar.passes.decision import Decision
-from autopar.passes.moments import Held, held
 from autopar.passes.problem import Problem, Setting
 from autopar.solver.checkpoint import menu
-from autopar.solver.levels import solve
-from autopar.solver.optimise import begin, least_bytes, optimise, roughly
+from autopar.solver.levels import least_counts, solve
+from autopar.solver.optimise import least_bytes, optimise, refusal, roughly
 
 PART = 0.1
 """Of results' bytes, what is kept where shardings are sought that go with recomputation."""
@@ -39,19 +41,19 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Menus:
-    """The calls of a program in stretches, `menus[g]` what each entry of stretch g keeps."""
+    """The calls of a program in stretches; `names[g][e]` is what entry e of stretch g keeps."""
 
-    executable: Executable
+    ways: Ways
     step: Step
     stretches: tuple[tuple[str, ...], ...]
-    menus: tuple[tuple[Kept, ...], ...]
+    names: tuple[tuple[tuple[str, ...], ...], ...]
 
     def kept(self, counts: Counts) -> dict[str, tuple[str, ...]]:
         """What each segment keeps, those that keep less first."""
         found: dict[str, tuple[str, ...]] = {}
-        for names, kept, row in zip(self.stretches, self.menus, counts, strict=True):
-            entries = [entry for entry, n in zip(kept, row, strict=True) for _ in range(n)]
-            found.update((name, entry.names) for name, entry in zip(names, entries, strict=True))
+        for segments, names, row in zip(self.stretches, self.names, counts, strict=True):
+            entries = [entry for entry, n in zip(names, row, strict=True) for _ in range(n)]
+            found.update(zip(segments, entries, strict=True))
         return found
 
 
@@ -65,13 +67,25 @@ class Within:
 
 
 def recomputing(decision: Decision, setting: Setting, solver: str = "cbc") -> Within:
-    """`decision` with what each segment keeps, the fastest within the budget. Raises Infeasible."""
-    made = menus(decision, setting, solver)
-    found = replace(decision, kept=made.kept(solve(made.step, solver)))
-    executable = replace(made.executable, target=replace(made.executable.target, decision=found))
-    priced, memory = reprice(executable, setting)
-    assert memory.total <= setting.budget * (1.0 + ROUNDING), f"{memory.total} bytes, budget {setting.budget}"
-    return Within(executable, priced, memory)
+    """`decision` with what each segment keeps, the fastest within the budget; as it is where that fits.
+
+    Raises Infeasible.
+    """
+    ways = ways_of(lowered(decision, setting), setting)
+    plain = memory_of(ways, {}, surrounding_bytes(decision, setting))
+    if plain.device <= setting.budget:
+        return Within(ways.executable, reprice(ways.executable, setting)[0], plain)
+    made = menus(ways, setting.budget - plain.around, solver)
+    try:
+        counts = solve(made.step, solver)
+    except Infeasible:
+        least = memory_of(ways, made.kept(least_counts(made.step, solver)), plain.around)
+        raise refusal(least.device, setting.budget, " with everything made again that can be") from None
+    kept = made.kept(counts)
+    executable = replace(ways.executable, target=replace(ways.executable.target, decision=replace(decision, kept=kept)))
+    memory = memory_of(ways, kept, plain.around)
+    assert memory.device <= setting.budget * (1.0 + ROUNDING), f"{memory.device} bytes, budget {setting.budget}"
+    return Within(executable, reprice(executable, setting)[0], memory)
 
 
 def best_within(problem: Problem, solver: str, beat: float, limit_s: float) -> Within | None:
@@ -84,26 +98,19 @@ def best_within(problem: Problem, solver: str, beat: float, limit_s: float) -> W
     refusals: list[Infeasible] = []
     fits = False
     for choices in shardings(problem.instance, solver, limit_s):
+        if fits and price(problem.instance, choices).seconds >= min(beat, found.priced.seconds if found else math.inf):
+            continue
         try:
             made = recomputing(problem.decide(choices), problem.setting, solver)
-        except Infeasible as refusal:
-            refusals.append(refusal)
+        except Infeasible as refused:
+            refusals.append(refused)
             continue
         fits = True
         if made.priced.seconds < min(beat, found.priced.seconds if found else math.inf):
             found = made
     if not fits:
-        raise min(refusals, key=lambda refusal: refusal.least_budget_bytes or math.inf)
+        raise min(refusals, key=lambda refused: refused.least_budget_bytes or math.inf)
     return found
-
-
-def least_seconds(instance: Instance, solver: str) -> float:
-    """A bound of any plan's seconds within the budget: of one that keeps nothing and makes nothing again."""
-    nodes = tuple(replace(node, choices=tuple(replace(c, saved=0.0) for c in node.choices)) for node in instance.nodes)
-    try:
-        return begin(replace(instance, nodes=nodes), solver=solver).bound.seconds
-    except Infeasible:
-        return math.inf
 
 
 def shardings(instance: Instance, solver: str, limit_s: float) -> Iterator[tuple[int, ...]]:
@@ -133,114 +140,67 @@ def _sought(free: Instance, solver: str, limit_s: float) -> Iterator[tuple[int, 
             yield from roughly(replace(twice, budget=least + share * (most - least)), solver)
 
 
-def menus(decision: Decision, setting: Setting, solver: str = "cbc") -> Menus:
-    """The menus of every stretch of equal segments."""
-    marked = replace(decision, kept=dict.fromkeys((s.name for s in decision.context.segmented.segments), ()))
-    executable = lowered(marked, setting)
-    tallies = tally_calls(executable, setting)
-    accounts = _Accounts(executable, setting)
-    every = retained_by(executable, setting, tallies)
-    locals_ = accounts.counted(every)
-    found: list[tuple[list[int], float, float, float]] = []
-    for place, tally in enumerate(tallies):
-        figures = accounts.copies(place), accounts.gradient(place), tally.working + accounts.working(place)
-        alike = found and locals_[found[-1][0][-1]] is locals_[place] and found[-1][1:] == figures
-        if alike:
-            found[-1][0].append(place)
+def menus(ways: Ways, budget: float, solver: str = "cbc") -> Menus:
+    """The menus of every stretch of equal segments; `budget` is what is left for the step itself."""
+    calls, course = ways.executable.calls, ways.course()
+    fixed = np.stack(course.fixed)
+    known: dict[int, tuple[tuple[tuple[str, ...], Entry], ...]] = {}
+    for place, call in reversed(list(enumerate(calls))):  # the last one's backward runs where most is held
+        if id(call.lowered) not in known:
+            known[id(call.lowered)] = _menu(ways, place, 1.0 if place == len(calls) - 1 else 1.0 / len(calls), solver)
+    places = _stretches(ways, fixed)
+    menus_ = tuple(known[id(calls[each[0]].lowered)] for each in places)
+    names = tuple(tuple(calls[place].segment.name for place in each) for each in places)
+    step = Step(tuple(
+        Stretch(segments[0], len(each), tuple(entry for _, entry in entries), tuple(fixed[:, each[0]].tolist()),
+                tuple((fixed[:, each[-1]] - fixed[:, each[-2]]).tolist() if len(each) > 1 else [0.0] * len(fixed)))
+        for segments, each, entries in zip(names, places, menus_, strict=True)), _least(course), budget)
+    return Menus(ways, step, names, tuple(tuple(kept for kept, _ in entries) for entries in menus_))
+
+
+def _least(course: Course) -> float:
+    return max(course.rest, course.update)
+
+
+def _stretches(ways: Ways, fixed: np.ndarray) -> list[range]:
+    """Places of equal calls in a row along which what is there whatever they keep grows evenly."""
+    calls, found = ways.executable.calls, list[range]()
+    for place, call in enumerate(calls):
+        last = found[-1] if found else range(0)
+        alike = len(last) > 0 and calls[last[0]].lowered is call.lowered
+        even = len(last) < 2 or np.allclose(fixed[:, place] - fixed[:, place - 1],
+                                            fixed[:, last[1]] - fixed[:, last[0]], rtol=0.0, atol=0.5)
+        if alike and even:
+            found[-1] = range(last[0], place + 1)
         else:
-            found.append(([place], *figures))
-    share = {id(local): 1.0 / len(locals_) for local in locals_}
-    share[id(locals_[-1])] = 1.0  # its backward runs where most is held
-    known = {id(local): tuple(sorted(menu(local, share[id(local)], solver), key=lambda kept: kept.nbytes))
-             for local in {id(local): local for local in locals_}.values()}
-    kept = tuple(known[id(locals_[places[0]])] for places, *_ in found)
-    counted = [(every[places[0]].local, locals_[places[0]]) for places, *_ in found]
-    names = tuple(tuple(executable.calls[place].segment.name for place in places) for places, *_ in found)
-    stretches = tuple(Stretch(each[0], len(each), tuple(_entry(k, *of) for k in entries), *figures)
-                      for each, entries, of, (_, *figures) in zip(names, kept, counted, found, strict=True))
-    return Menus(executable, Step(stretches, accounts.base, setting.budget), names, kept)
+            found.append(range(place, place + 1))
+    return found
 
 
-def _entry(kept: Kept, local: Local, counted: Local) -> Entry:
-    """What keeping comes to; a result that the next segment counts is there in the backward of its own too."""
-    twice = sum(local.values[v].nbytes - counted.values[v].nbytes for v in kept.saved
-                if local.values[v].name in kept.names)
-    return Entry(kept.nbytes, kept.transient + twice, kept.seconds)
+def _menu(ways: Ways, place: int, share: float, solver: str) -> tuple[tuple[tuple[str, ...], Entry], ...]:
+    """What a call may keep, the fewest bytes first, without what another one is better than in every way."""
+    found: dict[Entry, tuple[str, ...]] = {}
+    for kept in menu(_own(ways.retained[place]), share, solver):
+        each = ways.footprint(place, kept.names)
+        found.setdefault(Entry(float(each.saved), extras(each), kept.seconds), kept.names)
+    best = [entry for entry in found if not any(_covers(other, entry) for other in found if other != entry)]
+    return tuple((found[entry], entry) for entry in sorted(best, key=lambda e: (e.saved, e.seconds)))
+
+
+def _covers(one: Entry, other: Entry) -> bool:
+    """Whether `one` is nowhere worse."""
+    return one.saved <= other.saved and one.seconds <= other.seconds and all(
+        a <= b for a, b in zip(one.extras, other.extras, strict=True))
+
+
+def _own(retained: Retained) -> Local:
+    """What a segment needs; values that cross segments are held whatever it keeps, and take no memory of its own."""
+    crossing = {*retained.entering, *retained.leaving}
+    return replace(retained.local, values=tuple(replace(v, nbytes=0.0) if v.name in crossing else v
+                                                for v in retained.local.values))
 
 
 def lowered(decision: Decision, setting: Setting) -> Executable:
     """The program of a decision for one device, connected to nobody, drawing as it does on the devices there."""
     draws: Draws = "by kernel" if fuses(setting) else "by element"
     return build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta"), {}, draws, "outside"))
-
-
-class _Accounts:
-    """Who counts which bytes, so that what several segments hold counts once and equal ones count alike."""
-
-    def __init__(self, executable: Executable, setting: Setting) -> None:
-        self.executable, decision = executable, executable.decision
-        self.held: dict[fx.Node, Held] = {
-            node: held(decision.context, node, storage, decision.mesh, setting.optimizer.state_bytes)
-            for node, storage in decision.storage.items()}
-        self.read = [[n for n in dict.fromkeys(call.segment.externals) if n in self.held] for call in executable.calls]
-        self.first = {n: place for place, nodes in reversed(list(enumerate(self.read))) for n in nodes}
-        self.last = {n: place for place, nodes in enumerate(self.read) for n in nodes}
-        unread = sum(h.gradient for node, h in self.held.items() if node not in self.last)
-        self.base = unread + sum(h.parameter + h.state for h in self.held.values())
-        self.crossing: dict[int, float] = {}
-
-    def gradient(self, place: int) -> float:
-        """Bytes of gradients that come to be in the backward of a call."""
-        return sum(self.held[n].gradient for n in self.read[place] if self.last[n] == place)
-
-    def working(self, place: int) -> float:
-        """Bytes of parameters that are there while a call runs."""
-        return sum(self.held[n].working for n in self.read[place])
-
-    def copies(self, place: int) -> float:
-        """Bytes held from a call's forward to its backward whatever it keeps: FSDP2's, and what several calls take."""
-        decision = self.executable.decision
-        return self.crossing.get(place, 0.0) + sum(
-            self.held[n].copy for n in self.read[place] if self.first[n] == place and copied(decision, n))
-
-    def counted(self, every: list[Retained]) -> list[Local]:
-        """What each call needs, values that cross segments counted by one of those that hold them.
-
-        By the one that takes it, or where several do by the one that makes it, then whatever is kept.
-        """
-        calls, takers = self.executable.calls, dict[fx.Node | None, list[int]]()
-        for place, (call, retained) in enumerate(zip(calls, every, strict=True)):
-            for name in retained.entering:
-                takers.setdefault(retained.identity(call, name), []).append(place)
-        always = {identity for identity, places in takers.items()
-                  if len(places) > 1 or _needed(every[places[0]], calls[places[0]], identity)}
-        bases = [[every[place].base(n) for n in call.exports] for place, call in enumerate(calls)]
-        makers = {place: [n for n in made if len(takers.get(n, ())) > 1] for place, made in enumerate(bases)}
-        for place, made in makers.items():
-            for node in made:
-                taker = takers[node][0]
-                self.crossing[place] = self.crossing.get(place, 0.0) + _size(every[taker], calls[taker], node)
-        elsewhere: dict[int, set[str]] = {}
-        for call, retained in zip(calls, every, strict=True):
-            at = {name: retained.identity(call, name) for name in (*retained.leaving, *retained.entering)}
-            free = {name for name in retained.leaving if at[name] in always}
-            free |= {name for name in retained.entering if len(takers.get(at[name], ())) > 1}
-            elsewhere.setdefault(id(retained.local), free).intersection_update(free)
-        cache = {id(r.local): _without(r.local, elsewhere[id(r.local)]) for r in every}
-        return [cache[id(r.local)] for r in every]
-
-
-def _without(local: Local, names: set[str]) -> Local:
-    """`local` in which values of these names take no memory."""
-    return replace(local, values=tuple(replace(v, nbytes=0.0) if v.name in names else v for v in local.values))
-
-
-def _needed(retained: Retained, call: Call, identity: fx.Node | None) -> bool:
-    """Whether the backward needs a value that comes in whatever is kept."""
-    return any(value.needed and retained.identity(call, value.name) is identity
-               for value in retained.local.values if value.name in retained.entering)
-
-
-def _size(retained: Retained, call: Call, identity: fx.Node) -> float:
-    return next(value.nbytes for value in retained.local.values if value.name in retained.entering
-                and retained.identity(call, value.name) is identity)

@@ -39,6 +39,7 @@ FIGURES = ("gap", "step_time_s", "compute_s", "inline_s", "exposed_s", "optimize
            "samples_per_s", "tokens_per_s", "mfu", "samples", "tokens", "flop", "peak_flops_per_s", "nodes", "edges",
            "solve_s", "observed_peak")
 """The attributes of a plan that its file tells, under the same names; lists, tables and `memory_bytes` besides."""
+KINDS = ("parameters", "gradients", "optimizer", "activations", "transient")
 GIB = 2.0**30
 
 
@@ -208,7 +209,7 @@ class Plan:
         seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
         observed = tuple(map(observed_from_json, entries(data, "observed", dict) if "observed" in data else ()))
         held = entry(data, "memory_bytes", dict)
-        memory = Bytes(*(entry(held, f.name, float) for f in dataclasses.fields(Bytes)))
+        memory = Bytes(*(entry(held, name, float) for name in KINDS), _around(held))
         peak = entry(data, "observed_peak", float) if "observed_peak" in data else 0.0
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
                    ops=ops, parameters=parameters, observed=observed, observed_peak=peak,
@@ -275,7 +276,8 @@ class Plan:
         parts = {"compute": s.compute, "inline communication": s.inline, "exposed communication": s.exposed,
                  "optimizer": s.optimizer}
         split = ", ".join(f"{name} {1e3 * value:.3f}" for name, value in parts.items())
-        held = ", ".join(f"{f.name} {getattr(m, f.name) / GIB:.3f}" for f in dataclasses.fields(m))
+        held = ", ".join(f"{name} {getattr(m, name) / GIB:.3f}" for name in KINDS)
+        beside = "" if not m.around else f", and {m.around / GIB:.3f} of context and communication buffers"
         at_rest = sorted({p.spec for p in self.parameters})
         staged = (f"{len(self.stages)} stages, {self.micro_batches} micro-batches by {self.schedule}, each on "
                   if self.stages else "")
@@ -285,7 +287,7 @@ class Plan:
             f"{self.optimizer}",
             f"attention: {self.attention}" if self.attention else "",
             f"parameters at rest: {', '.join(at_rest)}",
-            f"memory per device: {m.total / GIB:.3f} GiB ({held})",
+            f"memory per device: {m.total / GIB:.3f} GiB ({held}){beside}",
             f"step: {1e3 * s.step:.3f} ms ({split}), gap {100 * self.gap:.2f} %",
             f"replicated for want of a rule: {', '.join(self.fallback_ops)}" if self.fallback_ops else "",
         ]
@@ -344,6 +346,10 @@ def _checkpoint(table: dict[str, Any]) -> PlannedCheckpoint:
     segments, names, shown = (entries(table, name, str) for name in ("segments", "names", "shown"))
     saved, transient, seconds = (entry(table, name, float) for name in ("saved", "transient", "seconds"))
     return PlannedCheckpoint(segments, names, shown, saved, transient, seconds)
+
+
+def _around(held: dict[str, Any]) -> float | None:
+    return None if held.get("around") is None else entry(held, "around", float)
 
 
 def _workload(table: dict[str, Any]) -> Workload:

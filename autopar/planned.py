@@ -116,21 +116,26 @@ SECONDS = {"step_time_s": "step", **{f"{part}_s": part for part in ("compute", "
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Predicted bytes of one device at the fullest moment of a step, by kind."""
+    """Predicted bytes of one device at the fullest moment of a step, by kind.
+
+    `around` is what its process takes besides: a context and communication buffers. It is None where the budget is far
+    off and bytes are rough sums of what ops make; else they are those of the code that runs, moment by moment.
+    """
 
     parameters: float
     gradients: float
     optimizer: float
     activations: float
     transient: float
+    around: float | None = None
 
     def __post_init__(self) -> None:
-        check_finite("memory_bytes", dataclasses.asdict(self))
+        check_finite("memory_bytes", {name: value or 0.0 for name, value in dataclasses.asdict(self).items()})
 
     @property
     def total(self) -> float:
-        """All kinds together."""
-        return float(sum(dataclasses.astuple(self)))
+        """All tensors together."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
 
     @property
     def peak(self) -> float:
@@ -139,9 +144,8 @@ class Bytes:
 
     @property
     def device(self) -> float:
-        """What a budget is compared with. Context and communication buffers are not in it: a device's default budget
-        leaves them room."""
-        return self.peak
+        """What a budget is compared with: the peak and what is around it."""
+        return self.peak + (self.around or 0.0)
 
 
 @dataclass(frozen=True, slots=True)

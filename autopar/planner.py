@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from autopar import pipelines
-from autopar.budget import best_within, least_seconds, lowered, recomputing
+from autopar.budget import best_within, lowered, recomputing
 from autopar.codegen.executable import Executable
 from autopar.codegen.reprice import Memory, reprice, saved_by, tally_calls
+from autopar.codegen.surrounding import surrounding_bytes
+from autopar.codegen.ways import memory_of, ways_of
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
@@ -50,6 +52,8 @@ SOLVE_LIMIT_S = 30.0
 """Seconds for one mesh shape; what is found by then is taken, with its proven gap."""
 UNLIMITED = 2.0**100
 """Bytes that nothing exceeds."""
+CLEAR = 0.5
+"""The part of a device's own budget up to which the rough sums of what ops make are enough to know that a plan fits."""
 Report = Callable[[str], None]
 
 
@@ -254,25 +258,23 @@ def pipelined_plan(found: pipelines.Found, least: float, ctx: Context, request: 
 
 def _of_one_stage(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[Plan, Problem]:
     start = time.perf_counter()
-    found = _sharded(ctx, cluster, request, report)
-    if isinstance(found, Found) and not found.restrained:
-        return _plan(found, request, time.perf_counter() - start), found.problem
-    if not ctx.segmented.factored.program.training:
-        return _plan(settled(found), request, time.perf_counter() - start), settled(found).problem
-    better = _recomputing(ctx, cluster, request, found, report)
-    return _plan(better, request, time.perf_counter() - start), better.problem
+    if ctx.segmented.factored.program.training:
+        found = _within(ctx, cluster, request, report)
+    else:
+        found = settled(_sharded(ctx, cluster, request, report))
+    return _plan(found, request, time.perf_counter() - start), found.problem
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A decided problem, lowered, its seconds, and a proven bound of any decision's; `restrained` where one without the
-    budget may be faster."""
+    """A decided problem, lowered, its seconds, and a proven bound of any decision's; its bytes by liveness, None where
+    nobody asked for them."""
 
     problem: Problem
     executable: Executable
     seconds: float
     bound: float
-    restrained: bool = False
+    memory: Memory | None = None
 
 
 def settled(found: Found | AutoparError) -> Found:
@@ -304,22 +306,39 @@ def _sharded(ctx: Context, cluster: Cluster, request: Request, report: Report) -
     assert best is not None
     solution, problem, _ = best
     executable = lowered(problem.decide(solution.choices), problem.setting)
-    restrained = any(begun.bound.prices.byte.any() for _, begun in every) or len(every) < len(
-        shapes_for(request, cluster))
-    return Found(problem, executable, solution.seconds, min(least, solution.seconds), restrained)
+    return Found(problem, executable, solution.seconds, min(least, solution.seconds))
 
 
-def _recomputing(ctx: Context, cluster: Cluster, request: Request, known: Found | Infeasible, report: Report) -> Found:
-    """The best plan that may recompute, no slower than the one that is `known`. Raises Infeasible."""
-    best = known if isinstance(known, Found) else None
+def _within(ctx: Context, cluster: Cluster, request: Request, report: Report) -> Found:
+    """The best plan for training, which may recompute where the budget binds. Raises Infeasible."""
+    free = settled(_sharded(ctx, cluster, replace(request, memory_budget=UNLIMITED), report))
+    budget = request.setting(cluster, free.problem.setting.mesh.shape).budget
+    rough = reprice(free.executable, free.problem.setting)[1]
+    if request.memory_budget is None and rough.total <= CLEAR * budget:
+        return replace(free, problem=within(free.problem, budget))
+    setting = free.problem.setting
+    exact = memory_of(ways_of(free.executable, setting), {}, surrounding_bytes(free.executable.decision, setting))
+    if exact.device <= budget:
+        return replace(free, problem=within(free.problem, budget), memory=exact)
+    report(f"needs {exact.device / 2**30:.3f} GiB a device without recomputation")
+    return _recomputing(ctx, cluster, request, report)
+
+
+def within(problem: Problem, budget: float) -> Problem:
+    """The same problem with a budget."""
+    return replace(problem, setting=replace(problem.setting, budget=budget),
+                   instance=replace(problem.instance, budget=budget))
+
+
+def _recomputing(ctx: Context, cluster: Cluster, request: Request, report: Report) -> Found:
+    """The best plan that may recompute. Raises Infeasible."""
+    best: Found | None = None
     refusals: list[tuple[Mesh, AutoparError]] = []
     bound = math.inf
     every = _begun(ctx, cluster, replace(request, memory_budget=UNLIMITED), report)
     budget = request.setting(cluster, every[0][0].setting.mesh.shape).budget
-    for free, _ in every:
-        problem = replace(free, setting=replace(free.setting, budget=budget),
-                          instance=replace(free.instance, budget=budget))
-        least = least_seconds(problem.instance, request.solver)
+    for free, begun in every:
+        problem, least = within(free, budget), begun.bound.seconds
         bound = min(bound, least)
         if best and least >= best.seconds * (1.0 - TIE):
             continue
@@ -329,17 +348,11 @@ def _recomputing(ctx: Context, cluster: Cluster, request: Request, known: Found 
             refusals.append((problem.setting.mesh, refusal))
             continue
         if made is not None:
-            report(f"mesh {problem.setting.mesh}: {1e3 * made.priced.seconds:.3f} ms a step with recomputation")
-            best = Found(problem, made.executable, made.priced.seconds, bound)
+            report(f"mesh {problem.setting.mesh}: {1e3 * made.priced.seconds:.3f} ms a step within the budget")
+            best = Found(problem, made.executable, made.priced.seconds, bound, made.memory)
     if best is None:
-        raise _tighter(known, merged(refusals, request.pins, budget))
+        raise merged(refusals, request.pins, budget)
     return replace(best, bound=min(bound, best.seconds))
-
-
-def _tighter(one: Found | Infeasible, other: AutoparError) -> AutoparError:
-    """Of two refusals the one that a smaller budget would do for."""
-    least = [refusal.least_budget_bytes for refusal in (one, other) if isinstance(refusal, Infeasible)]
-    return one if isinstance(one, Infeasible) and (least[0] or math.inf) < (least[-1] or math.inf) else other
 
 
 def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> list[tuple[Problem, Begun]]:
@@ -364,7 +377,8 @@ def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> 
 def _plan(found: Found, request: Request, spent: float) -> Plan:
     executable, problem = found.executable, found.problem
     decision, ctx, setting = executable.decision, problem.context, problem.setting
-    priced, memory = reprice(executable, setting)
+    priced, rough = reprice(executable, setting)
+    memory = found.memory or rough
     if abs(priced.seconds - found.seconds) > AGREEMENT * found.seconds:
         raise AssertionError(f"the solver claims {found.seconds} s, the lowered program costs {priced.seconds} s")
     gap = 0.0 if found.seconds <= found.bound else (found.seconds - found.bound) / found.seconds
@@ -373,9 +387,9 @@ def _plan(found: Found, request: Request, spent: float) -> Plan:
         request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
         program.precision, request.optimizer, status_of(gap), gap,
         Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed, priced.optimizer),
-        Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient),
-        planned_ops(decision), planned_parameters(decision), attention_told(program), fallback_ops(ctx),
-        len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
+        Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient,
+              memory.around), planned_ops(decision), planned_parameters(decision), attention_told(program),
+        fallback_ops(ctx), len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision), request.observed,
         checkpoints=planned_checkpoints(executable, setting))
 
@@ -562,7 +576,11 @@ def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[fl
 
 def _recomputed(plan: Plan, ctx: Context, setting: Setting) -> tuple[float, float]:
     if not plan.stages:
-        priced, memory = price_lowered(decision_of(plan, ctx), setting)
+        decision = decision_of(plan, ctx)
+        executable = lowered(decision, setting)
+        priced, memory = reprice(executable, setting)
+        if plan.memory.around is not None:
+            memory = memory_of(ways_of(executable, setting), decision.kept, surrounding_bytes(decision, setting))
         return priced.seconds, memory.total
     small, _ = pipelines.MicroContexts(ctx).of(plan.micro_batches)
     return pipelines.recomputed(plan.pipelining, decision_of(plan, small), setting)

@@ -19,7 +19,7 @@ from autopar.codegen.arrivals import input_specs
 from autopar.codegen.compiled import COMPILERS, Compiler
 from autopar.codegen.executable import Executable, build, offline
 from autopar.codegen.footprint import Footprint
-from autopar.codegen.lower import Sums, Target
+from autopar.codegen.lower import Target
 from autopar.codegen.reprice import reprice, tally_calls
 from autopar.codegen.site import Draws
 from autopar.codegen.step_bytes import by_call, eager_footprints, step_bytes
@@ -30,7 +30,7 @@ from autopar.measure.trial import Trial
 from autopar.passes.decision import Context, batch_axes
 from autopar.passes.problem import Setting
 from autopar.plan import Plan
-from autopar.planned import Bytes, Seconds
+from autopar.planned import Seconds
 from autopar.planner import decision_of, setting_of
 
 Costs = Literal["measured", "roofline"]
@@ -39,7 +39,6 @@ ROUNDS = 2
 """How often at most a plan is measured and made again."""
 LEAST_S = 1e-9
 META = torch.device("meta")
-SUMS: tuple[Sums, Sums] = ("inside", "outside")
 log = logging.getLogger("autopar")
 
 
@@ -73,42 +72,33 @@ def profiled(plan: Plan, ctx: Context, bench: Bench, again: Callable[[tuple[Obse
 
 def observed_plan(plan: Plan, ctx: Context, bench: Bench, known: dict[str, Trial]) -> Plan:
     """The same plan at the price of its measured segments; `known` are trials by variant, and new ones are added."""
-    runnable = COMPILERS[bench.compiler](lowered(plan, ctx, bench, bench.device, "outside"))
+    runnable = COMPILERS[bench.compiler](lowered(plan, ctx, bench, bench.device))
     trials = measure(runnable, bench.device, known, surroundings(bench.device, bench.compiler), bench.folder)
     each = [trials[id(call.lowered)] for call in runnable.calls]
-    priced, plain = (lowered(plan, ctx, bench, META, sums) for sums in SUMS)
+    priced = lowered(plan, ctx, bench, META)
     observed = observations(priced, each, setting_of(replace(plan, observed=()), bench.cluster))
     setting = setting_of(replace(plan, observed=observed), bench.cluster)
-    seconds, memory = reprice(priced, setting)
-    seen = footprints(plain, [found for _, found in each], bench.device.type)
-    return replace(plan, observed=observed, observed_peak=step_bytes(plain, by_call(plain, seen), setting.optimizer.state_bytes).peak,
+    seconds, _ = reprice(priced, setting)
+    seen = footprints(priced, [found for _, found in each], bench.device.type)
+    return replace(plan, observed=observed, observed_peak=step_bytes(priced, seen, setting.optimizer.state_bytes).peak,
                    seconds=Seconds(seconds.seconds, seconds.compute, seconds.inline, seconds.exposed,
-                                   seconds.optimizer),
-                   memory=Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations,
-                                memory.transient))
+                                   seconds.optimizer))
 
 
-def lowered(plan: Plan, ctx: Context, bench: Bench, device: torch.device, sums: Sums) -> Executable:
-    """The plan's program on `device` for one rank alone, its inputs coming cut as they are on a rank of its own.
-
-    Gradients are summed `outside` of segments where these run, and priced as if `inside`.
-    """
+def lowered(plan: Plan, ctx: Context, bench: Bench, device: torch.device) -> Executable:
+    """The plan's program on `device` for one rank alone, its inputs coming cut as they are on a rank of its own."""
     decision = decision_of(plan, ctx)
     return build(Target(decision, offline(decision.mesh), bench.cluster.pricer(decision.mesh), device,
-                        input_specs(decision, batch_axes(decision)), bench.draws, sums))
+                        input_specs(decision, batch_axes(decision)), bench.draws, "outside"))
 
 
-def footprints(executable: Executable, trials: list[Trial], kind: str) -> dict[int, Footprint]:
-    """Bytes of each distinct lowered segment, by identity: as measured, or by autograd's rules on CPUs, where segments
-    run as they are and allocations are not told."""
-    found = eager_footprints(executable, kind)
-    if kind != "cuda":
-        return found
-    for call, seen in zip(executable.calls, trials, strict=True):
-        plain = found[id(call.lowered)]
-        found[id(call.lowered)] = replace(plain, saved=max(0, round(seen.saved) - sum(plain.results_bytes)),
-                                          forward=round(seen.forward_bytes), backward=round(seen.backward_bytes))
-    return found
+def footprints(executable: Executable, trials: list[Trial], kind: str) -> tuple[Footprint, ...]:
+    """Bytes of each call: as measured, or by autograd's rules on CPUs, where segments run as they are and allocations
+    are not told."""
+    found = by_call(executable, eager_footprints(executable, kind))
+    return found if kind != "cuda" else tuple(
+        replace(plain, saved=max(0, round(seen.saved) - sum(plain.results_bytes)), forward=round(seen.forward_bytes),
+                backward=round(seen.backward_bytes)) for plain, seen in zip(found, trials, strict=True))
 
 
 def observations(executable: Executable, trials: list[tuple[str, Trial]], setting: Setting) -> tuple[Observed, ...]:

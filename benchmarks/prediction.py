@@ -265,7 +265,8 @@ def by_roofline(plan: Plan, running: Running, cluster: Cluster) -> Plan:
                               input_specs(decision, batch_axes(decision)), sums="outside"))
     kind = next(running.model.parameters()).device.type
     prints = (compiled_footprints if kind == "cuda" else eager_footprints)(executable, kind)
-    return dataclasses.replace(plain, observed_peak=step_bytes(executable, by_call(executable, prints), setting.optimizer.state_bytes).peak,
+    peak = step_bytes(executable, by_call(executable, prints), setting.optimizer.state_bytes).peak
+    return dataclasses.replace(plain, observed_peak=peak,
                                seconds=Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed,
                                                priced.optimizer))
 

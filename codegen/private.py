@@ -291,7 +291,8 @@ def joint_graph(run: Callable[..., Any], inputs: list[Tensor], fused: bool) -> t
         table = _decompositions()
     try:
         with config.patch(enable_autograd_cache=False):
-            compilers.aot_function(lambda *given: tuple(run(*given)), compilers.nop, partition_fn=stop, decompositions=table)(*inputs)
+            compilers.aot_function(lambda *given: tuple(run(*given)), compilers.nop, partition_fn=stop,
+                                   decompositions=table)(*inputs)
     except _Traced as found:
         return found.args
     return None

@@ -38,18 +38,27 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes a device holds at the fullest moment of the step, by kind; `transient` is there for one segment's run."""
+    """Bytes a device holds at the fullest moment of the step, by kind; `transient` is there for one segment's run.
+
+    `around` is what is no tensor's, None where bytes are the rough sums of what ops make.
+    """
 
     parameters: float
     gradients: float
     optimizer: float
     activations: float
     transient: float
+    around: float | None = None
 
     @property
     def total(self) -> float:
-        """All kinds together."""
+        """All tensors together."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+
+    @property
+    def device(self) -> float:
+        """What a budget is compared with."""
+        return self.total + (self.around or 0.0)
 
 
 @dataclass(slots=True)

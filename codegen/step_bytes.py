@@ -108,7 +108,7 @@ class Course:
     @cached_property
     def fixed(self) -> tuple[Array, ...]:
         """By moment, what is there in each call but for what calls save and work with."""
-        forward = self.rest + self._values + self._here
+        forward = self.rest + self.values + self._here
         after = self.rest + self._values_after + self._here + self.gradients + self._coming_back
         before = after - self._coming_back + self._waiting
         return (forward + self._coming, forward + self._own, before + self._coming_back, before + self._own_back,
@@ -188,7 +188,7 @@ class Course:
         return len(self.executable.calls) - 1
 
     @cached_property
-    def _values(self) -> Array:
+    def values(self) -> Array:
         """What calls before each made: all of it is held for their backwards."""
         return self._spread((size, self.made[n] + 1, self._end) for n, size in self.sizes.items())
 

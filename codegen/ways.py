@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from autopar.codegen.arrivals import arrivals
 from autopar.codegen.executable import Call, Executable
 from autopar.codegen.footprint import Footprint, Kernels, footprint
 from autopar.codegen.partitioned import Parts, compiled_footprint, interpreted_footprint
 from autopar.codegen.private import cut_by_compiler, cut_joint
-from autopar.codegen.reprice import Tally, retained_by, tally_calls
+from autopar.codegen.reprice import Memory, Tally, retained_by, tally_calls
 from autopar.codegen.retained import Retained, fuses
-from autopar.codegen.step_bytes import GRAIN, Course
+from autopar.codegen.step_bytes import GRAIN, MOMENTS, Course, Moment
 from autopar.passes.problem import Setting
 
+BACKWARD: frozenset[Moment] = frozenset(("backward", "gathered again", "sent"))
 Kept = tuple[str, ...] | None
 """Names as `codegen.marks` gives them; None where a plan leaves it to whoever runs the segment."""
 
@@ -68,3 +71,19 @@ def ways_of(executable: Executable, setting: Setting) -> Ways:
     tallies = tally_calls(executable, setting)
     return Ways(executable, tallies, retained_by(executable, setting, tallies), fuses(setting),
                 setting.optimizer.state_bytes)
+
+
+def memory_of(ways: Ways, kept: dict[str, tuple[str, ...]], around: float) -> Memory:
+    """Bytes of the fullest moment where segments keep what is called so; `around` is what the process takes besides."""
+    prints, course = ways.footprints(kept), ways.course()
+    held, saved = course.held.values(), np.cumsum([0.0, *(each.saved for each in prints)])
+    moments = course.bytes_by_moment(prints)
+    parameters, state = sum(h.parameter for h in held), sum(h.state for h in held)
+    gradients = sum(h.gradient for h in held)
+    if not moments.size or course.update >= moments.max():
+        return Memory(parameters, gradients, state, course.rest - parameters - state, 0.0, around)
+    k, place = np.unravel_index(int(moments.argmax()), moments.shape)
+    due = float(course.gradients[place]) if MOMENTS[k] in BACKWARD else 0.0
+    activations = course.rest - parameters - state + float(course.values[place] + saved[place])
+    known = parameters + due + state + activations
+    return Memory(parameters, due, state, activations, float(moments[k, place]) - known, around)

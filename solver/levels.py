@@ -93,8 +93,9 @@ def _fullest(stretch: Stretch, entry: Entry) -> list[int]:
     """The moments of segments that run as an entry which no other one covers, at the stretch's first and last."""
     ends = [(first + extra, first + (stretch.count - 1) * more + extra)
             for first, more, extra in zip(stretch.first, stretch.step, entry.extras, strict=True)]
-    return [k for k, end in enumerate(ends) if not any(
-        other[0] >= end[0] and other[1] >= end[1] and (other != end or j < k) for j, other in enumerate(ends) if j != k)]
+    return [k for k, (here, there) in enumerate(ends) if not any(
+        other[0] >= here and other[1] >= there and (other != (here, there) or j < k)
+        for j, other in enumerate(ends) if j != k)]
 
 
 def decode(step: Step, outcome: Outcome) -> Counts:
@@ -103,11 +104,16 @@ def decode(step: Step, outcome: Outcome) -> Counts:
                  for g, stretch in enumerate(step.stretches))
 
 
+def least_counts(step: Step, solver: str = "cbc") -> Counts:
+    """The counts of least bytes, whatever the budget."""
+    return decode(step, formulate_bytes(step).solve(solver))
+
+
 def solve(step: Step, solver: str = "cbc", limit_s: float | None = None) -> Counts:
     """The counts of least seconds. Raises Infeasible with the least budget that would do."""
     outcome = formulate(step).solve(solver, limit_s)
     if outcome.status in ("infeasible", "unsolved"):
-        needed = bytes_of(step, decode(step, formulate_bytes(step).solve(solver, limit_s)))
+        needed = bytes_of(step, least_counts(step, solver))
         raise Infeasible(f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes) with everything made again that "
                          f"can be, budget {step.budget / GIB:.3f} GiB ({step.budget:.0f} bytes); raise the budget, use "
                          "more devices or a smaller batch", needed)

@@ -69,7 +69,7 @@ def begin(instance: Instance, enough: float = math.inf, solver: str = "cbc", lim
     if len(ledger(instance).binding(instance.budget).table):
         needed = least_bytes(instance, solver)
         if needed > instance.budget:
-            raise _refusal(needed, instance.budget)
+            raise refusal(needed, instance.budget)
     bound = raise_bound(reduced.instance, solver, enough, None if limit_s is None else limit_s / 3)
     if math.isinf(bound.seconds):
         raise _no_way(instance, solver)
@@ -152,9 +152,9 @@ def least_bytes(instance: Instance, solver: str = "cbc") -> float:
     return price(reduced, taken_in(reduced, outcome)).nbytes
 
 
-def _refusal(needed: float, budget: float) -> Infeasible:
-    """That a budget is too small."""
-    return Infeasible(f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes), budget {budget / GIB:.3f} GiB "
+def refusal(needed: float, budget: float, how: str = "") -> Infeasible:
+    """That a budget is too small; `how` says what was done to need no more."""
+    return Infeasible(f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes){how}, budget {budget / GIB:.3f} GiB "
                       f"({budget:.0f} bytes); raise the budget, use more devices or a smaller batch", needed)
 
 
