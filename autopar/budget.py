@@ -6,7 +6,6 @@ Each lowered segment has a menu of what to keep (`solver.checkpoint`), of which 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from autopar.again import trimmed
 from autopar.codegen.executable import Executable, build, offline
 from autopar.codegen.lower import Target
 from autopar.codegen.reprice import Memory, reprice
@@ -24,18 +24,23 @@ from autopar.codegen.surrounding import surrounding_bytes
 from autopar.codegen.ways import Ways, memory_of, ways_of
 from autopar.core.checkpoint import Local
 from autopar.core.errors import Infeasible
-from autopar.core.levels import Counts, Entry, Step, Stretch
-from autopar.core.sharding import Instance, Priced, price
+from autopar.core.levels import Counts, Entry, Step, Stretch, seconds_of
+from autopar.core.sharding import Instance, price
+from autopar.core.sharding import Priced as Price
 from autopar.passes.decision import Decision
 from autopar.passes.problem import Problem, Setting
 from autopar.solver.checkpoint import menu
-from autopar.solver.levels import least_counts, solve
+from autopar.solver.lagrange import bound_within, hull
+from autopar.solver.levels import least_counts, least_seconds, solve
 from autopar.solver.optimise import least_bytes, optimise, refusal, roughly
+from autopar.solver.presolve import ALL_COSTS, presolve
 
+RATES = (0.02, 0.1, 0.3, 1.0, 4.0, 100.0)
+"""Prices of memory at which shardings are sought, in seconds a byte, over the fastest step's for all that it holds."""
 PART = 0.1
-"""Of results' bytes, what is kept where shardings are sought that go with recomputation."""
-SHARES = (1e-6, 0.25, 0.6)
-"""The budgets that they are sought within, from the least to what the fastest takes."""
+"""Of results' bytes, what is kept where the shardings that hold least are sought among those that recompute."""
+SLACK = 1e-6
+"""By what part of the least bytes these may exceed it."""
 ROUNDING = 1e-9
 
 
@@ -62,8 +67,10 @@ class Within:
     """A decision that is within its budget, lowered and priced."""
 
     executable: Executable
-    priced: Priced
+    priced: Price
     memory: Memory
+    bound: float
+    """Of the seconds of this sharding, whatever is kept."""
 
 
 def recomputing(decision: Decision, setting: Setting, solver: str = "cbc") -> Within:
@@ -74,8 +81,9 @@ def recomputing(decision: Decision, setting: Setting, solver: str = "cbc") -> Wi
     ways = ways_of(lowered(decision, setting), setting)
     plain = memory_of(ways, {}, surrounding_bytes(decision, setting))
     if plain.device <= setting.budget:
-        return Within(ways.executable, reprice(ways.executable, setting)[0], plain)
-    made = menus(ways, setting.budget - plain.around, solver)
+        priced = reprice(ways.executable, setting)[0]
+        return Within(ways.executable, priced, plain, priced.seconds)
+    made = menus(ways, setting.budget - (plain.around or 0.0), solver)
     try:
         counts = solve(made.step, solver)
     except Infeasible:
@@ -85,59 +93,75 @@ def recomputing(decision: Decision, setting: Setting, solver: str = "cbc") -> Wi
     executable = replace(ways.executable, target=replace(ways.executable.target, decision=replace(decision, kept=kept)))
     memory = memory_of(ways, kept, plain.around)
     assert memory.device <= setting.budget * (1.0 + ROUNDING), f"{memory.device} bytes, budget {setting.budget}"
-    return Within(executable, reprice(executable, setting)[0], memory)
+    priced = reprice(executable, setting)[0]
+    saved = seconds_of(made.step, counts) - least_seconds(made.step, solver)
+    return Within(executable, priced, memory, priced.seconds - max(0.0, saved))
 
 
-def best_within(problem: Problem, solver: str, beat: float, limit_s: float) -> Within | None:
-    """The fastest of some shardings with what they keep, None where none takes fewer seconds than `beat`.
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The fastest decision within a budget, None where none is faster than what is known, and a bound of any.
 
-    The shardings do not depend on the budget, so that more of it is never slower. Raises Infeasible with the least
-    budget that would do.
+    Where no decision was found that fits, `refusal` says what the least budget of those tried is.
     """
-    found: Within | None = None
-    refusals: list[Infeasible] = []
-    fits = False
-    for choices in shardings(problem.instance, solver, limit_s):
-        if fits and price(problem.instance, choices).seconds >= min(beat, found.priced.seconds if found else math.inf):
-            continue
-        try:
-            made = recomputing(problem.decide(choices), problem.setting, solver)
-        except Infeasible as refused:
-            refusals.append(refused)
-            continue
-        fits = True
-        if made.priced.seconds < min(beat, found.priced.seconds if found else math.inf):
-            found = made
-    if not fits:
-        raise min(refusals, key=lambda refused: refused.least_budget_bytes or math.inf)
-    return found
+
+    within: Within | None
+    bound: float
+    refusal: Infeasible | None = None
 
 
-def shardings(instance: Instance, solver: str, limit_s: float) -> Iterator[tuple[int, ...]]:
-    """Choices that may be good with recomputation, whatever the budget; of those that come to the same one.
+def best_within(problem: Problem, solver: str, beat: float) -> Found:
+    """The fastest of some shardings with what they keep, where they take fewer seconds than `beat`.
 
-    The best without a budget, and good ones within some, from the least on, where results take a part of their bytes
-    and their making is done twice.
+    The shardings are those that bytes at prices of all sizes lead to, whatever the budget, so that more of it is never
+    slower.
     """
-    free, known = replace(instance, budget=math.inf), set[Priced]()
-    for choices in _sought(free, solver, limit_s):
-        priced = price(free, choices)
-        if priced not in known:
-            known.add(priced)
-            yield choices
+    free = replace(problem.instance, budget=math.inf)
+    first = optimise(free, solver).choices
+    made, refused = _tried(problem, first, solver)
+    if all(len(kept) == 1 for kept in presolve(free, ALL_COSTS).kept):
+        return Found(made if made and made.priced.seconds < beat else None, made.bound if made else math.inf,
+                     *refused)
+    prices = hull(*trimmed(problem, ways_of(lowered(problem.decide(first), problem.setting), problem.setting)), RATES,
+                  solver)
+    best = made
+    met = [each.choices for each in prices if each.choices is not None]
+    for choices in _others(free, [*met, *_smallest(free, solver)], first):
+        if best and price(free, choices).seconds >= min(beat, best.priced.seconds):
+            continue
+        made, refusals = _tried(problem, choices, solver)
+        refused += refusals
+        best = made if made and (best is None or made.priced.seconds < best.priced.seconds) else best
+    around = surrounding_bytes(problem.decide(first), problem.setting)
+    bound = bound_within(prices, problem.setting.budget - around)
+    if best is None:
+        return Found(None, bound, min(refused, key=lambda refusal: refusal.least_budget_bytes or math.inf))
+    return Found(best if best.priced.seconds < beat else None, min(bound, best.priced.seconds))
 
 
-def _sought(free: Instance, solver: str, limit_s: float) -> Iterator[tuple[int, ...]]:
-    best = optimise(free, solver, limit_s).choices
-    yield best
+def _tried(problem: Problem, choices: tuple[int, ...], solver: str) -> tuple[Within | None, list[Infeasible]]:
+    try:
+        return recomputing(problem.decide(choices), problem.setting, solver), []
+    except Infeasible as refused:
+        return None, [refused]
+
+
+def _smallest(free: Instance, solver: str) -> Iterator[tuple[int, ...]]:
+    """Choices that hold about the least: of all results, and of a part of those where their making is done twice."""
     nodes = tuple(replace(node, choices=tuple(
         replace(c, saved=c.saved * PART, backward=c.backward + c.forward * (c.saved > 0.0)) for c in node.choices))
         for node in free.nodes)
-    twice = replace(free, nodes=nodes)
-    least, most = least_bytes(twice, solver), price(twice, best).nbytes
-    for share in SHARES if most > least * (1.0 + ROUNDING) else ():
-        with contextlib.suppress(Infeasible):
-            yield from roughly(replace(twice, budget=least + share * (most - least)), solver)
+    for instance in (free, replace(free, nodes=nodes)):
+        yield from roughly(replace(instance, budget=least_bytes(instance, solver) * (1.0 + SLACK)), solver)
+
+
+def _others(free: Instance, met: list[tuple[int, ...]], first: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Choices that are not `first`, the quickest first, those once that come to the same."""
+    known = {price(free, first)}
+    for choices in sorted(met, key=lambda choices: price(free, choices).seconds):
+        if price(free, choices) not in known:
+            known.add(price(free, choices))
+            yield choices
 
 
 def menus(ways: Ways, budget: float, solver: str = "cbc") -> Menus:

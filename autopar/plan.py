@@ -209,7 +209,7 @@ class Plan:
         seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
         observed = tuple(map(observed_from_json, entries(data, "observed", dict) if "observed" in data else ()))
         held = entry(data, "memory_bytes", dict)
-        memory = Bytes(*(entry(held, name, float) for name in KINDS), _around(held))
+        memory = Bytes(**{name: entry(held, name, float) for name in KINDS}, around=_around(held))
         peak = entry(data, "observed_peak", float) if "observed_peak" in data else 0.0
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
                    ops=ops, parameters=parameters, observed=observed, observed_peak=peak,

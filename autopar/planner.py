@@ -339,14 +339,12 @@ def _recomputing(ctx: Context, cluster: Cluster, request: Request, report: Repor
     budget = request.setting(cluster, every[0][0].setting.mesh.shape).budget
     for free, begun in every:
         problem, least = within(free, budget), begun.bound.seconds
-        bound = min(bound, least)
         if best and least >= best.seconds * (1.0 - TIE):
             continue
-        try:
-            made = best_within(problem, request.solver, best.seconds if best else math.inf, SOLVE_LIMIT_S)
-        except Infeasible as refusal:
-            refusals.append((problem.setting.mesh, refusal))
-            continue
+        tried = best_within(problem, request.solver, best.seconds if best else math.inf)
+        bound, made = min(bound, max(tried.bound, least)), tried.within
+        if tried.refusal is not None:
+            refusals.append((problem.setting.mesh, tried.refusal))
         if made is not None:
             report(f"mesh {problem.setting.mesh}: {1e3 * made.priced.seconds:.3f} ms a step within the budget")
             best = Found(problem, made.executable, made.priced.seconds, bound, made.memory)

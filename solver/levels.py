@@ -104,6 +104,11 @@ def decode(step: Step, outcome: Outcome) -> Counts:
                  for g, stretch in enumerate(step.stretches))
 
 
+def least_seconds(step: Step, solver: str = "cbc") -> float:
+    """A bound of the seconds of any counts: the relaxation, with the first entries to run making way for none."""
+    return formulate(step).relaxed(solver)
+
+
 def least_counts(step: Step, solver: str = "cbc") -> Counts:
     """The counts of least bytes, whatever the budget."""
     return decode(step, formulate_bytes(step).solve(solver))

@@ -108,6 +108,11 @@ class Model:
         status = "unsolved" if status == "feasible" and not self._integral() else status
         return self._outcome(status, start, self._value() if status == "optimal" else bound)
 
+    def relaxed(self, solver: str = "cbc") -> float:
+        """The least objective where choices need not be whole; infinite where there is none."""
+        status = self._run(_solver(solver, False, None))
+        return self._value() if status == "optimal" else float("inf")
+
     def _add(self, name: str, most: float | None, category: str) -> Variable:
         assert name not in self.variables, f"two variables named {name}"
         self.variables[name] = self._make(name, 0, most, category)
