@@ -69,12 +69,12 @@ def trimmed(problem: Problem, ways: Ways) -> tuple[Instance, frozenset[int]]:
     held, again, least = set[int](), set[int](), dict[int, int]()
     seen: dict[int, list[str]] = {}
     for call, retained in zip(ways.executable.calls, ways.retained, strict=True):
-        needs, nodes = needs_of(retained), [problem.op_nodes[i] for i in call.segment.ops]
-        for j, n in enumerate(nodes):
+        needs, ops = needs_of(retained), [problem.op_nodes[i] for i in call.segment.ops]
+        for j, n in enumerate(ops):
             kind = "held" if j in needs.held else "again" if j in needs.again else "free"
             seen.setdefault(n, []).append(kind)
             if j in needs.least:
-                least[n] = nodes[needs.least[j]]
+                least[n] = ops[needs.least[j]]
     for n, kinds in seen.items():
         if "free" not in kinds:
             (again if "again" in kinds else held).add(n)

@@ -22,7 +22,7 @@ from autopar.codegen.site import Draws
 from autopar.codegen.step_bytes import Course, extras
 from autopar.codegen.surrounding import surrounding_bytes
 from autopar.codegen.ways import Ways, memory_of, ways_of
-from autopar.core.checkpoint import Local
+from autopar.core.checkpoint import Kept, Local
 from autopar.core.errors import Infeasible
 from autopar.core.levels import Counts, Entry, Step, Stretch, seconds_of
 from autopar.core.sharding import Instance, price
@@ -33,7 +33,6 @@ from autopar.solver.checkpoint import menu
 from autopar.solver.lagrange import bound_within, hull
 from autopar.solver.levels import least_counts, least_seconds, solve
 from autopar.solver.optimise import least_bytes, optimise, refusal, roughly
-from autopar.solver.presolve import ALL_COSTS, presolve
 
 RATES = (0.02, 0.1, 0.3, 1.0, 4.0, 100.0)
 """Prices of memory at which shardings are sought, in seconds a byte, over the fastest step's for all that it holds."""
@@ -119,7 +118,7 @@ def best_within(problem: Problem, solver: str, beat: float) -> Found:
     free = replace(problem.instance, budget=math.inf)
     first = optimise(free, solver).choices
     made, refused = _tried(problem, first, solver)
-    if all(len(kept) == 1 for kept in presolve(free, ALL_COSTS).kept):
+    if problem.setting.mesh.size == 1:  # whatever is chosen, one device does all
         return Found(made if made and made.priced.seconds < beat else None, made.bound if made else math.inf,
                      *refused)
     prices = hull(*trimmed(problem, ways_of(lowered(problem.decide(first), problem.setting), problem.setting)), RATES,
@@ -169,9 +168,13 @@ def menus(ways: Ways, budget: float, solver: str = "cbc") -> Menus:
     calls, course = ways.executable.calls, ways.course()
     fixed = np.stack(course.fixed)
     known: dict[int, tuple[tuple[tuple[str, ...], Entry], ...]] = {}
+    choices: dict[tuple[Local, float], tuple[Kept, ...]] = {}
     for place, call in reversed(list(enumerate(calls))):  # the last one's backward runs where most is held
         if id(call.lowered) not in known:
-            known[id(call.lowered)] = _menu(ways, place, 1.0 if place == len(calls) - 1 else 1.0 / len(calls), solver)
+            need = _own(ways.retained[place]), 1.0 if place == len(calls) - 1 else 1.0 / len(calls)
+            if need not in choices:
+                choices[need] = menu(*need, solver)
+            known[id(call.lowered)] = _menu(ways, place, choices[need])
     places = _stretches(ways, fixed)
     menus_ = tuple(known[id(calls[each[0]].lowered)] for each in places)
     names = tuple(tuple(calls[place].segment.name for place in each) for each in places)
@@ -201,10 +204,10 @@ def _stretches(ways: Ways, fixed: np.ndarray) -> list[range]:
     return found
 
 
-def _menu(ways: Ways, place: int, share: float, solver: str) -> tuple[tuple[tuple[str, ...], Entry], ...]:
+def _menu(ways: Ways, place: int, choices: tuple[Kept, ...]) -> tuple[tuple[tuple[str, ...], Entry], ...]:
     """What a call may keep, the fewest bytes first, without what another one is better than in every way."""
     found: dict[Entry, tuple[str, ...]] = {}
-    for kept in menu(_own(ways.retained[place]), share, solver):
+    for kept in choices:
         each = ways.footprint(place, kept.names)
         found.setdefault(Entry(float(each.saved), extras(each), kept.seconds), kept.names)
     best = [entry for entry in found if not any(_covers(other, entry) for other in found if other != entry)]

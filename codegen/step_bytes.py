@@ -103,7 +103,9 @@ class Course:
     def bytes_by_moment(self, prints: Sequence[Footprint]) -> Array:
         """Bytes in every moment of every call: (moments, calls)."""
         saved = np.cumsum([0.0, *(each.saved for each in prints)])[:-1]
-        return np.stack(self.fixed) + saved + np.array([extras(each) for each in prints]).reshape(-1, len(MOMENTS)).T
+        beside: Array = np.array([extras(each) for each in prints]).reshape(-1, len(MOMENTS)).T
+        found: Array = np.stack(self.fixed) + saved + beside
+        return found
 
     @cached_property
     def fixed(self) -> tuple[Array, ...]:

@@ -73,7 +73,7 @@ def ways_of(executable: Executable, setting: Setting) -> Ways:
                 setting.optimizer.state_bytes)
 
 
-def memory_of(ways: Ways, kept: dict[str, tuple[str, ...]], around: float) -> Memory:
+def memory_of(ways: Ways, kept: dict[str, tuple[str, ...]], around: float | None) -> Memory:
     """Bytes of the fullest moment where segments keep what is called so; `around` is what the process takes besides."""
     prints, course = ways.footprints(kept), ways.course()
     held, saved = course.held.values(), np.cumsum([0.0, *(each.saved for each in prints)])

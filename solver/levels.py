@@ -18,18 +18,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 from autopar.core.errors import Infeasible
 from autopar.core.levels import Counts, Entry, Step, Stretch, bytes_of, seconds_of
 from autopar.solver.model import Model, Outcome, Variable
 
 Terms = list[tuple[Variable, float]]
+Numbers = Literal["whole", "in parts"]
 GIB = 2.0**30
 
 
-def formulate(step: Step) -> Model:
-    """The model of the module docstring."""
-    model, numbers = _draft(step)
+def formulate(step: Step, numbers_are: Numbers = "whole") -> Model:
+    """The model of the module docstring; with numbers in parts segments may run between two entries."""
+    model, numbers = _draft(step, numbers_are)
     for terms, held in _rows(step, numbers, model):
         model.at_most([(x, nbytes / _scale(step)) for x, nbytes in terms], (step.budget - held) / _scale(step))
     seconds = [(n, entry.seconds) for stretch, row in zip(step.stretches, numbers, strict=True)
@@ -41,7 +43,7 @@ def formulate(step: Step) -> Model:
 
 def formulate_bytes(step: Step) -> Model:
     """The same rows, minimising what they come to."""
-    model, numbers = _draft(step)
+    model, numbers = _draft(step, "whole")
     most = model.amount("B")
     for terms, held in _rows(step, numbers, model):
         model.at_least([(most, 1.0), *((x, -nbytes / _scale(step)) for x, nbytes in terms)], held / _scale(step))
@@ -50,9 +52,10 @@ def formulate_bytes(step: Step) -> Model:
     return model
 
 
-def _draft(step: Step) -> tuple[Model, list[list[Variable]]]:
+def _draft(step: Step, numbers_are: Numbers) -> tuple[Model, list[list[Variable]]]:
     model = Model("levels")
-    numbers = [[model.whole(f"n({g},{e})", stretch.count) for e in range(len(stretch.menu))]
+    make = {"whole": model.whole, "in parts": model.amount}[numbers_are]
+    numbers = [[make(f"n({g},{e})", float(stretch.count)) for e in range(len(stretch.menu))]
                for g, stretch in enumerate(step.stretches)]
     for g, (stretch, row) in enumerate(zip(step.stretches, numbers, strict=True)):
         model.equal([(n, 1.0) for n in row], stretch.count)
@@ -105,8 +108,9 @@ def decode(step: Step, outcome: Outcome) -> Counts:
 
 
 def least_seconds(step: Step, solver: str = "cbc") -> float:
-    """A bound of the seconds of any counts: the relaxation, with the first entries to run making way for none."""
-    return formulate(step).relaxed(solver)
+    """A bound of the seconds of any counts, also of ways to run a segment that lie between those of its menu."""
+    outcome = formulate(step, "in parts").solve(solver)
+    return outcome.bound if outcome.status != "infeasible" else math.inf
 
 
 def least_counts(step: Step, solver: str = "cbc") -> Counts:

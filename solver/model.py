@@ -73,9 +73,9 @@ class Model:
         """A new variable that is a whole number from 0 to `most`."""
         return self._add(name, most, pulp.LpInteger)
 
-    def amount(self, name: str) -> Variable:
-        """A new variable of at least 0."""
-        return self._add(name, None, pulp.LpContinuous)
+    def amount(self, name: str, most: float | None = None) -> Variable:
+        """A new variable of at least 0, and no more than `most` where that is given."""
+        return self._add(name, most, pulp.LpContinuous)
 
     def equal(self, terms: Terms, value: float) -> None:
         """Require that `terms` come to `value`."""
@@ -107,11 +107,6 @@ class Model:
         status = self._run(_solver(solver, True, left))
         status = "unsolved" if status == "feasible" and not self._integral() else status
         return self._outcome(status, start, self._value() if status == "optimal" else bound)
-
-    def relaxed(self, solver: str = "cbc") -> float:
-        """The least objective where choices need not be whole; infinite where there is none."""
-        status = self._run(_solver(solver, False, None))
-        return self._value() if status == "optimal" else float("inf")
 
     def _add(self, name: str, most: float | None, category: str) -> Variable:
         assert name not in self.variables, f"two variables named {name}"

@@ -11,7 +11,7 @@ import pytest
 
 from autopar.core.errors import Infeasible
 from autopar.core.levels import Counts, Entry, Step, Stretch, bytes_of, seconds_of
-from autopar.solver.levels import solve
+from autopar.solver.levels import least_seconds, solve
 
 
 def random_step(seed: int) -> Step:
@@ -61,4 +61,5 @@ def test_optimum_is_that_of_brute_force(solver: str, seeds: range) -> None:
         found = solve(step, solver)
         assert bytes_of(step, found) <= step.budget * (1 + 1e-9)
         assert seconds_of(step, found) == pytest.approx(min(fitting), abs=1e-9)
+        assert least_seconds(step, solver) <= min(fitting) + 1e-9
     assert 0 < refused < len(seeds) / 2
