@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,13 +73,30 @@ class Within:
     """Of the seconds of this sharding, whatever is kept."""
 
 
-def recomputing(decision: Decision, setting: Setting, solver: str = "cbc") -> Within:
+@dataclass(frozen=True, eq=False)
+class Lowerings:
+    """The ways to run decisions of one program on one cluster, each lowered and traced once."""
+
+    known: dict[Any, Ways] = field(default_factory=dict)
+
+    def ways(self, decision: Decision, setting: Setting) -> Ways:
+        """Those of `decision`, whatever it keeps."""
+        key = decision.mesh.shape, decision.assignments, tuple(decision.storage.values())
+        if key not in self.known:
+            self.known[key] = ways_of(lowered(decision, setting), setting)
+        return self.known[key]
+
+    def plain(self, decision: Decision, setting: Setting) -> Memory:
+        """Bytes where it is left to whoever runs the segments what they keep."""
+        return memory_of(self.ways(decision, setting), {}, surrounding_bytes(decision, setting))
+
+
+def recomputing(decision: Decision, setting: Setting, lowerings: Lowerings, solver: str = "cbc") -> Within:
     """`decision` with what each segment keeps, the fastest within the budget; as it is where that fits.
 
     Raises Infeasible.
     """
-    ways = ways_of(lowered(decision, setting), setting)
-    plain = memory_of(ways, {}, surrounding_bytes(decision, setting))
+    ways, plain = lowerings.ways(decision, setting), lowerings.plain(decision, setting)
     if plain.device <= setting.budget:
         priced = reprice(ways.executable, setting)[0]
         return Within(ways.executable, priced, plain, priced.seconds)
@@ -109,7 +127,7 @@ class Found:
     refusal: Infeasible | None = None
 
 
-def best_within(problem: Problem, solver: str, beat: float) -> Found:
+def best_within(problem: Problem, lowerings: Lowerings, solver: str, beat: float) -> Found:
     """The fastest of some shardings with what they keep, where they take fewer seconds than `beat`.
 
     The shardings are those that bytes at prices of all sizes lead to, whatever the budget, so that more of it is never
@@ -117,18 +135,17 @@ def best_within(problem: Problem, solver: str, beat: float) -> Found:
     """
     free = replace(problem.instance, budget=math.inf)
     first = optimise(free, solver).choices
-    made, refused = _tried(problem, first, solver)
+    made, refused = _tried(problem, first, lowerings, solver)
     if problem.setting.mesh.size == 1:  # whatever is chosen, one device does all
         return Found(made if made and made.priced.seconds < beat else None, made.bound if made else math.inf,
                      *refused)
-    prices = hull(*trimmed(problem, ways_of(lowered(problem.decide(first), problem.setting), problem.setting)), RATES,
-                  solver)
+    prices = hull(*trimmed(problem, lowerings.ways(problem.decide(first), problem.setting)), RATES, solver)
     best = made
     met = [each.choices for each in prices if each.choices is not None]
     for choices in _others(free, [*met, *_smallest(free, solver)], first):
         if best and price(free, choices).seconds >= min(beat, best.priced.seconds):
             continue
-        made, refusals = _tried(problem, choices, solver)
+        made, refusals = _tried(problem, choices, lowerings, solver)
         refused += refusals
         best = made if made and (best is None or made.priced.seconds < best.priced.seconds) else best
     around = surrounding_bytes(problem.decide(first), problem.setting)
@@ -138,9 +155,10 @@ def best_within(problem: Problem, solver: str, beat: float) -> Found:
     return Found(best if best.priced.seconds < beat else None, min(bound, best.priced.seconds))
 
 
-def _tried(problem: Problem, choices: tuple[int, ...], solver: str) -> tuple[Within | None, list[Infeasible]]:
+def _tried(problem: Problem, choices: tuple[int, ...], lowerings: Lowerings, solver: str,
+           ) -> tuple[Within | None, list[Infeasible]]:
     try:
-        return recomputing(problem.decide(choices), problem.setting, solver), []
+        return recomputing(problem.decide(choices), problem.setting, lowerings, solver), []
     except Infeasible as refused:
         return None, [refused]
 

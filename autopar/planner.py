@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from autopar import pipelines
-from autopar.budget import best_within, lowered, recomputing
+from autopar.budget import Lowerings, best_within, lowered, recomputing
 from autopar.codegen.executable import Executable
 from autopar.codegen.reprice import Memory, reprice, saved_by, tally_calls
 from autopar.codegen.surrounding import surrounding_bytes
@@ -316,12 +316,12 @@ def _within(ctx: Context, cluster: Cluster, request: Request, report: Report) ->
     rough = reprice(free.executable, free.problem.setting)[1]
     if request.memory_budget is None and rough.total <= CLEAR * budget:
         return replace(free, problem=within(free.problem, budget))
-    setting = free.problem.setting
-    exact = memory_of(ways_of(free.executable, setting), {}, surrounding_bytes(free.executable.decision, setting))
+    lowerings = Lowerings()
+    exact = lowerings.plain(free.executable.decision, free.problem.setting)
     if exact.device <= budget:
         return replace(free, problem=within(free.problem, budget), memory=exact)
     report(f"needs {exact.device / 2**30:.3f} GiB a device without recomputation")
-    return _recomputing(ctx, cluster, request, report)
+    return _recomputing(ctx, cluster, request, lowerings, report)
 
 
 def within(problem: Problem, budget: float) -> Problem:
@@ -330,7 +330,7 @@ def within(problem: Problem, budget: float) -> Problem:
                    instance=replace(problem.instance, budget=budget))
 
 
-def _recomputing(ctx: Context, cluster: Cluster, request: Request, report: Report) -> Found:
+def _recomputing(ctx: Context, cluster: Cluster, request: Request, lowerings: Lowerings, report: Report) -> Found:
     """The best plan that may recompute. Raises Infeasible."""
     best: Found | None = None
     refusals: list[tuple[Mesh, AutoparError]] = []
@@ -341,7 +341,7 @@ def _recomputing(ctx: Context, cluster: Cluster, request: Request, report: Repor
         problem, least = within(free, budget), begun.bound.seconds
         if best and least >= best.seconds * (1.0 - TIE):
             continue
-        tried = best_within(problem, request.solver, best.seconds if best else math.inf)
+        tried = best_within(problem, lowerings, request.solver, best.seconds if best else math.inf)
         bound, made = min(bound, max(tried.bound, least)), tried.within
         if tried.refusal is not None:
             refusals.append((problem.setting.mesh, tried.refusal))
@@ -600,7 +600,7 @@ def solve_pinned(ctx: Context, setting: Setting, request: Request, stored: dict[
     relaxed = replace(setting, mode=_relaxed(setting.mode), budget=float("inf"), pinned=pinned)
     problem = build(ctx, relaxed)
     found = problem.decide(optimise(problem.instance, request.solver).choices)
-    return recomputing(found, setting, request.solver).executable.decision if recompute else found
+    return recomputing(found, setting, Lowerings(), request.solver).executable.decision if recompute else found
 
 
 def _relaxed(mode: Mode) -> Mode:

@@ -31,6 +31,15 @@ def refusal(request: Request) -> Infeasible:
     return refused.value
 
 
+def test_on_one_device_a_plan_within_the_least_budget_is_proven_to_be_the_best() -> None:
+    context, cluster = model_context("mlp", "bf16-mixed"), Cluster.preset("cpu:1")
+    with pytest.raises(Infeasible) as refused:
+        solve(context, cluster, Request("mlp", memory_budget=1000.0))
+    least = refused.value.least_budget_bytes
+    plan, _ = solve(context, cluster, Request("mlp", memory_budget=least))
+    assert plan.status == "Optimal" and plan.checkpoints and plan.memory.device <= least
+
+
 def test_the_least_budget_is_the_least_over_mesh_shapes_and_does() -> None:
     context, cluster = model_context("mlp", "bf16-mixed"), Cluster.preset("cpu:4")
     request = Request("mlp", memory_budget=1000.0)
@@ -38,7 +47,7 @@ def test_the_least_budget_is_the_least_over_mesh_shapes_and_does() -> None:
     least = refusal(request).least_budget_bytes
     assert least == min(found for found in by_shape if found)
     plan, problem = solve(context, cluster, replace(request, memory_budget=least))
-    assert problem.instance.budget == least and plan.memory.total <= least
+    assert problem.instance.budget == least and plan.memory.device <= least
     refusal(replace(request, memory_budget=least * (1 - 1e-6)))
 
 
