@@ -105,7 +105,7 @@ def recomputing(decision: Decision, setting: Setting, lowerings: Lowerings, solv
         counts = solve(made.step, solver)
     except Infeasible:
         least = memory_of(ways, made.kept(least_counts(made.step, solver)), plain.around)
-        raise refusal(least.device, setting.budget, " with everything made again that can be") from None
+        raise refusal(min(least.device, plain.device), setting.budget, " with everything made again that can be") from None
     kept = made.kept(counts)
     executable = replace(ways.executable, target=replace(ways.executable.target, decision=replace(decision, kept=kept)))
     memory = memory_of(ways, kept, plain.around)
