@@ -24,7 +24,7 @@ from autopar.codegen.step_bytes import Course, extras
 from autopar.codegen.surrounding import surrounding_bytes
 from autopar.codegen.ways import Ways, memory_of, ways_of
 from autopar.core.checkpoint import Kept, Local
-from autopar.core.errors import Infeasible
+from autopar.core.errors import Infeasible, Parts
 from autopar.core.levels import Counts, Entry, Step, Stretch, seconds_of
 from autopar.core.sharding import Instance, price
 from autopar.core.sharding import Priced as Price
@@ -105,7 +105,10 @@ def recomputing(decision: Decision, setting: Setting, lowerings: Lowerings, solv
         counts = solve(made.step, solver)
     except Infeasible:
         least = memory_of(ways, made.kept(least_counts(made.step, solver)), plain.around)
-        raise refusal(min(least.device, plain.device), setting.budget, " with everything made again that can be") from None
+        fewest = min(least, plain, key=lambda memory: memory.device)
+        raise refusal(fewest.device, setting.budget, " with everything made again that can be",
+                      Parts(fewest.parameters + fewest.optimizer + fewest.gradients,
+                            fewest.activations + fewest.transient, fewest.around or 0.0)) from None
     kept = made.kept(counts)
     executable = replace(ways.executable, target=replace(ways.executable.target, decision=replace(decision, kept=kept)))
     memory = memory_of(ways, kept, plain.around)

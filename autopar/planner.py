@@ -38,6 +38,7 @@ from autopar.passes.strategies import Assignment, Storage, assignments, parse_st
 from autopar.plan import Plan
 from autopar.planned import Bytes, PlannedCheckpoint, PlannedOp, PlannedParameter, Seconds
 from autopar.refusals import merged
+from autopar.remedies import Asked, remedies
 from autopar.solver.optimise import Begun, begin, finish, optimise
 from autopar.workload import peak_flops_per_s, workload_of
 
@@ -349,8 +350,17 @@ def _recomputing(ctx: Context, cluster: Cluster, request: Request, lowerings: Lo
             report(f"mesh {problem.setting.mesh}: {1e3 * made.priced.seconds:.3f} ms a step within the budget")
             best = Found(problem, made.executable, made.priced.seconds, bound, made.memory)
     if best is None:
-        raise merged(refusals, request.pins, budget)
+        program = ctx.segmented.factored.program
+        asked = Asked(budget, batch_of(ctx), cluster.size, request.mode, program.precision)
+        raise merged(refusals, request.pins, budget, lambda least: what_would_fit(least, asked))
     return replace(best, bound=min(bound, best.seconds))
+
+
+def what_would_fit(refusal: Infeasible, asked: Asked) -> str:
+    """The smallest changes by which what was refused would fit."""
+    needed = refusal.least_budget_bytes
+    assert needed is not None and refusal.parts is not None
+    return remedies(needed, refusal.parts, asked)
 
 
 def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> list[tuple[Problem, Begun]]:

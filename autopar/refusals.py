@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
@@ -14,21 +14,24 @@ _REMEDY = "raise the budget, use more devices or a smaller batch"
 
 
 Refusals = Sequence[tuple[Mesh, AutoparError]]
+Remedy = Callable[[Infeasible], str]
 
 
-def merged(refusals: Refusals, pins: Sequence[tuple[str, str]], budget: float) -> AutoparError:
+def merged(refusals: Refusals, pins: Sequence[tuple[str, str]], budget: float,
+           remedy: Remedy = lambda refusal: _REMEDY) -> AutoparError:
     """One error for the refusals of all mesh shapes: Infeasible if any is, with the least budget that would do.
 
-    `budget` is in bytes a device. Pins are told, as without them there may be a plan.
+    `budget` is in bytes a device, `remedy` says what would help against a refusal. Pins are told, as without them there
+    may be a plan.
     """
     pinned = f"with {', '.join(f'{name} pinned to {strategy}' for name, strategy in pins)}: " if pins else ""
-    least = [(refusal.least_budget_bytes, mesh) for mesh, refusal in refusals
+    least = [(refusal.least_budget_bytes, mesh, refusal) for mesh, refusal in refusals
              if isinstance(refusal, Infeasible) and refusal.least_budget_bytes is not None]
     if least:
-        needed, mesh = min(least, key=lambda found: found[0])
+        needed, mesh, smallest = min(least, key=lambda found: found[0])
         others = f", the least of {len(refusals)} mesh shapes" if len(refusals) > 1 else ""
         return Infeasible(f"{pinned}needs {_size(needed)} a device on mesh {mesh}{others}, the budget is "
-                          f"{_size(budget)}; {_REMEDY}", needed)
+                          f"{_size(budget)}; {remedy(smallest)}", needed, smallest.parts)
     (mesh, refusal), *rest = sorted(refusals, key=lambda found: not isinstance(found[1], Infeasible))
     more = f" and {len(rest) - MOST_NAMED} more" if len(rest) > MOST_NAMED else ""
     others = f"; no plan on {', '.join(str(other) for other, _ in rest[:MOST_NAMED])}{more} either" if rest else ""

@@ -12,7 +12,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 
-from autopar.core.errors import AutoparError, Infeasible
+from autopar.core.errors import AutoparError, Infeasible, Parts
 from autopar.core.sharding import Instance, Solution, ledger, price
 from autopar.solver.advice import missing_ways, no_seconds, ways_only
 from autopar.solver.dual import Bound, raise_bound, survivors
@@ -152,10 +152,10 @@ def least_bytes(instance: Instance, solver: str = "cbc") -> float:
     return price(reduced, taken_in(reduced, outcome)).nbytes
 
 
-def refusal(needed: float, budget: float, how: str = "") -> Infeasible:
-    """That a budget is too small; `how` says what was done to need no more."""
+def refusal(needed: float, budget: float, how: str = "", parts: Parts | None = None) -> Infeasible:
+    """That a budget is too small; `how` says what was done to need no more than those `parts`."""
     return Infeasible(f"needs {needed / GIB:.3f} GiB a device ({needed:.0f} bytes){how}, budget {budget / GIB:.3f} GiB "
-                      f"({budget:.0f} bytes); raise the budget, use more devices or a smaller batch", needed)
+                      f"({budget:.0f} bytes); raise the budget, use more devices or a smaller batch", needed, parts)
 
 
 def _no_way(instance: Instance, solver: str) -> Infeasible:
