@@ -149,7 +149,7 @@ def ours(work: Work, device: torch.device, dropout: float, budget: float | None)
     images = "x" in batch
     made: Any = autopar.compile(
         plain(work, device, dropout), inputs=tuple(batch.values()) if images else batch, batch="global",
-        loss_fn=_image_loss if images else None, memory_budget=budget)
+        loss_fn=image_loss if images else None, memory_budget=budget)
     plan = made.plan
     peak, static, seconds = measured(made, lambda: made(*batch.values()) if images else made(**batch).loss, device)
     told = plan.memory.total
@@ -157,7 +157,8 @@ def ours(work: Work, device: torch.device, dropout: float, budget: float | None)
                plan.step_time_s)
 
 
-def _image_loss(output: Tensor, target: Tensor) -> Tensor:
+def image_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Of a model of images."""
     return nn.functional.cross_entropy(output.float(), target)
 
 
