@@ -19,6 +19,7 @@ from autopar.codegen.calls import Form, form_of
 from autopar.codegen.communicator import Axes, Communicator, connect
 from autopar.codegen.compiled import BY_STAGE, COMPILERS, RECORDS, Compiler
 from autopar.codegen.control import all_equal
+from autopar.codegen.draws import Samples
 from autopar.codegen.executable import Executable, build
 from autopar.codegen.lower import Target
 from autopar.codegen.offers import grown_to
@@ -268,7 +269,9 @@ class Programs:
                         self._order.draws, "outside")
         if self._staging is None:
             return together(lambda: COMPILERS[self._order.compiler](build(target)))
-        staged = self._staging.staged(build(target), self._cuts[training, _shapes(call)], axes)
+        cut = self._cuts[training, _shapes(call)]
+        samples = Samples(cut.parts, cut.rows, decision.mesh.extent(inner)) if cut.parts > 1 else None
+        staged = self._staging.staged(build(replace(target, samples=samples)), cut, axes)
         return together(lambda: staged.compiled(BY_STAGE[self._order.compiler]))  # type: ignore[return-value]
 
 

@@ -8,6 +8,7 @@ linear, stands in the way of more than one micro-batch.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +41,8 @@ SCALED = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, at
           aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}
 """Ops that are linear in their first operand."""
 ADDED = {aten.add.Tensor, aten.sub.Tensor}
+SAMPLE_STRIDE = "sample_stride"
+"""In the meta of a micro-batch's nodes that have samples: the elements between two of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,11 +62,12 @@ class Count:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Micro:
-    """One of `parts` micro-batches as a program, and by constant what counts for it."""
+    """One of `parts` micro-batches, of `rows` samples each, as a program, and by constant what counts for it."""
 
     program: Program
     parts: int
     counts: dict[str, Count]
+    rows: int = 0
 
 
 def micro(context: Context, parts: int) -> Micro:
@@ -114,7 +118,7 @@ class _Cut:
                 self._share(node)
         made = replace(self.program, graph=self.graph, sources=self.program.sources | self.sources,
                        constants=self.program.constants | self.constants)
-        return Micro(made, self.parts, self.counts)
+        return Micro(made, self.parts, self.counts, size // self.parts)
 
     # What may be cut
 
@@ -178,6 +182,9 @@ class _Cut:
     def _copy(self, node: fx.Node) -> None:
         made = self.graph.node_copy(node, self.made.__getitem__)
         made.meta = dict(node.meta)
+        if self._has_batch(node):
+            flat = self.factored.flat(node)
+            made.meta[SAMPLE_STRIDE] = math.prod(self.factored.refined(node)[flat.index(self.batch) + 1:])
         self.made[node] = made
         if node.op == "placeholder":
             self._placeholder(node, made)

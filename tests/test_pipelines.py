@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import autopar
 from tests.builders import Case, gpt2, mlp, quick
-from tests.families import family
+from tests.families import as_written, family
 from tests.test_exactness import FLOOR, whole
 from tests.test_matrix import DRIFT, RATE, TOLERANCE, trained
 
@@ -76,6 +77,50 @@ def test_training_is_the_plain_models(pool: Any, way: Way) -> None:
     for loss, gradients, curve, drift, held in pool(way.ranks).run(errors, way.name, way.options):
         assert max(loss, gradients, curve) <= TOLERANCE and drift <= DRIFT
         assert 0 < held < len(list(case_of(way.name).model.parameters()))
+
+
+DROPPED: dict[str, Any] = {"gpt2": lambda: gpt2(dropout=0.1), "bert": lambda: as_written("bert")}
+
+
+def with_dropout(rank: int, world_size: int, name: str, options: dict[str, Any], local: bool) -> list[float]:
+    """The losses and norms of gradients of some steps with all dropout of a model."""
+    case = DROPPED[name]()
+    torch.manual_seed(5)
+    model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32",
+                            solver="highs", **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    found, dp = [], options.get("dp", 1)
+    pp = world_size // dp
+    for _ in range(4):
+        part = case.part(rank % dp * pp + rank // dp, world_size)  # samples are in the order of the mesh, dp x pp
+        loss = case.call(model, part if local else None)
+        loss.backward()
+        found += [float(loss.detach()), float(model.clip_grad_norm_(1.0))]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@cache
+def alone(pool: Any, name: str) -> list[float]:
+    """What one rank makes of it."""
+    found: list[float] = pool(1).run(with_dropout, name, {"mode": "ddp"}, False)[0]
+    return found
+
+
+@pytest.mark.parametrize(("name", "ranks", "options", "local"), [
+    ("gpt2", 2, {"mode": "pp", "micro_batches": 1}, False), ("gpt2", 2, {"mode": "pp", "micro_batches": 2}, True),
+    ("gpt2", 2, {"mode": "pp", "micro_batches": 4}, False), ("gpt2", 2, {"mode": "pp", "micro_batches": 8}, False),
+    ("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, False),
+    ("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, True),
+    ("gpt2", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 4}, False),
+    ("bert", 2, {"mode": "pp", "micro_batches": 2}, False),
+    ("bert", 4, {"mode": "pp+sequence", "pp": 2, "micro_batches": 2}, False),
+], ids=str)
+def test_micro_batches_draw_dropout_as_one_rank_does(pool: Any, name: str, ranks: int, options: dict[str, Any],
+                                                     local: bool) -> None:
+    for found in pool(ranks).run(with_dropout, name, options, local):
+        assert found == pytest.approx(alone(pool, name), abs=2e-5)
 
 
 def beside_training(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, float]:
