@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 
 from autopar.codegen.channels import Message, Post
 from autopar.codegen.communicator import Axes, Communicator, Group
+from autopar.codegen.control import alarm
 from autopar.codegen.engine import Engine, Parameters
 from autopar.codegen.executable import Executable, Turn, Values, seeds_for
 from autopar.codegen.primitives import all_gather, all_reduce
 from autopar.codegen.stages import Port, Stage
 from autopar.codegen.tape import Pass, Sums, at_rest, rest_of
 from autopar.codegen.travel import local_of
-from autopar.core.errors import AutoparError
+from autopar.core.errors import AutoparError, RankLost
 from autopar.core.schedules import Action, Pipe, Schedule, actions
 from autopar.passes.decision import Decision
 from autopar.passes.micro import Count
@@ -176,7 +177,19 @@ class Pipeline:
     scales: list[float] = field(default_factory=lambda: [1.0])
 
     def __call__(self, staged: Staged, given: Values, turn: Turn) -> Values:
-        """The program's outputs; the loss brings the gradients along when its backward is called."""
+        """The program's outputs; the loss brings the gradients along when its backward is called.
+
+        Other ranks wait for what this one sends: where it fails all are told. Raises RankLost where another is gone.
+        """
+        try:
+            return self._stepped(staged, given, turn)
+        except RankLost:
+            raise
+        except BaseException:
+            alarm()
+            raise
+
+    def _stepped(self, staged: Staged, given: Values, turn: Turn) -> Values:
         scale, order = self.scales[0], actions(staged.schedule, staged.pipe, self.line.place)
         engines = {stage.index: self._engine(stage) for stage in staged.stages}
         sums = {index: Sums(self.bringing, staged.pipe.micro_batches > 1) for index in engines}

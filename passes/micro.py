@@ -2,7 +2,8 @@
 
 The loss of a batch is the sum of what its micro-batches return. A cross entropy's mean becomes a sum over a number
 that counts the whole batch's targets and is given to the program, as the constant that `Count` tells of; other means
-over samples are divided by the number of micro-batches. What mixes samples in another way, or follows a mean and is not
+over samples are divided by the number of micro-batches. Batch norm may be asked to take the statistics of each
+micro-batch, as one process does that adds up gradients. What mixes samples in another way, or follows a mean and is not
 linear, stands in the way of more than one micro-batch.
 """
 
@@ -154,7 +155,9 @@ class _Cut:
         if target in COUNTED:
             return argument(op.main, 3, "reduction", MEAN) in (MEAN, SUM) or any(f.summed for f in over)
         if target in MIXING and any(f.special for f in over):
-            raise self._mixed(op)
+            if self.program.batch_norm == "whole":
+                raise self._mixed(op)
+            return False
         if any(f.summed for f in over):
             if target not in AVERAGED | SUMMED and not _is_sum(op.main):
                 raise self._mixed(op)
@@ -162,8 +165,9 @@ class _Cut:
         return False
 
     def _mixed(self, op: Op) -> AutoparError:
+        way = ", or batch_norm=\"micro-batch\" for statistics of each" if op.main.target in MIXING else ""
         return AutoparError(f"{op.name} ({str(op.main.target).removeprefix('aten.')}) mixes samples, so that a batch "
-                            "is more than its micro-batches; use 1 micro-batch")
+                            f"is more than its micro-batches; use 1 micro-batch{way}")
 
     def _check_linear(self, node: fx.Node, after: set[fx.Node]) -> None:
         """Raises AutoparError unless `node` makes of parts of its operands that part of its result."""
