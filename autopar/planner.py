@@ -21,7 +21,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.observed import Observed, factors_of
 from autopar.core.ranks import HandLayout
 from autopar.core.sharding import Instance, Priced, Solution
-from autopar.passes.capture import KEPT, Program, Stored
+from autopar.passes.capture import KEPT, BatchNorm, Program, Stored
 from autopar.passes.constants import FoldConstants
 from autopar.passes.costs import Optimizer, optimizer_called, slowest
 from autopar.passes.decision import Context, Decision, context
@@ -458,12 +458,14 @@ def price_lowered(decision: Decision, setting: Setting) -> tuple[Priced, Memory]
 
 
 KEY_OF: dict[Stored, str] = {"by factor": "", "plain": " plain"}
+NORM_KEY_OF: dict[BatchNorm, str] = {"whole": "", "micro-batch": " micro-batch"}
 
 
 def program_key(ctx: Context) -> str:
     """Twelve hexadecimal digits that name the program: its ops, shapes and precision."""
     program = ctx.segmented.factored.program
-    found = hashlib.sha256(f"{program.precision} {program.training}{KEY_OF[program.stored]}".encode())
+    found = hashlib.sha256(f"{program.precision} {program.training}{KEY_OF[program.stored]}"
+                           f"{NORM_KEY_OF[program.batch_norm]}".encode())
     for node in program.graph.nodes:
         value = node.meta.get("val")
         shape = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else ()
