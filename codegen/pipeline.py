@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 
 from autopar.codegen.channels import Message, Post
 from autopar.codegen.communicator import Axes, Communicator, Group
+from autopar.codegen.control import alarm
 from autopar.codegen.engine import Engine, Parameters
-from autopar.codegen.executable import Executable, Values, seeds_for
+from autopar.codegen.executable import Executable, Turn, Values, seeds_for
 from autopar.codegen.primitives import all_gather, all_reduce
 from autopar.codegen.stages import Port, Stage
 from autopar.codegen.tape import Pass, Sums, at_rest, rest_of
 from autopar.codegen.travel import local_of
-from autopar.core.errors import AutoparError
+from autopar.core.errors import AutoparError, RankLost
 from autopar.core.schedules import Action, Pipe, Schedule, actions
 from autopar.passes.decision import Decision
 from autopar.passes.micro import Count
@@ -85,7 +86,7 @@ class Step:
     engines: dict[int, Engine]
     sums: dict[int, Sums]
     given: list[Values]
-    seed: tuple[int, int]
+    turn: Turn
     scale: float
     flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
     coming: dict[Action, Message] = field(default_factory=dict)
@@ -124,10 +125,9 @@ class Step:
         if self.staged.training:
             for port in _differentiable(stage.received):
                 came[port.node].requires_grad_()
-        step = self.seed[1] * self.staged.pipe.micro_batches + action.micro
         engine = self.engines[stage.index]
         running = Pass(engine, {**self.given[action.micro], **came},
-                       seeds_for(stage.executable, (self.seed[0], step), self.line.post.device))
+                       seeds_for(stage.executable, replace(self.turn, micro=action.micro), self.line.post.device))
         live = self.staged.training and torch.is_grad_enabled()
         values = {**came, **(running.forward() if live else engine.run(running.given, running.seeds, None))}
         if action.stage < self.staged.pipe.stages - 1:
@@ -176,12 +176,24 @@ class Pipeline:
     engines: dict[int, Engine] = field(default_factory=dict)
     scales: list[float] = field(default_factory=lambda: [1.0])
 
-    def __call__(self, staged: Staged, given: Values, seed: tuple[int, int]) -> Values:
-        """The program's outputs; the loss brings the gradients along when its backward is called."""
+    def __call__(self, staged: Staged, given: Values, turn: Turn) -> Values:
+        """The program's outputs; the loss brings the gradients along when its backward is called.
+
+        Other ranks wait for what this one sends: where it fails all are told. Raises RankLost where another is gone.
+        """
+        try:
+            return self._stepped(staged, given, turn)
+        except RankLost:
+            raise
+        except BaseException:
+            alarm()
+            raise
+
+    def _stepped(self, staged: Staged, given: Values, turn: Turn) -> Values:
         scale, order = self.scales[0], actions(staged.schedule, staged.pipe, self.line.place)
         engines = {stage.index: self._engine(stage) for stage in staged.stages}
         sums = {index: Sums(self.bringing, staged.pipe.micro_batches > 1) for index in engines}
-        step = Step(staged, self.line, engines, sums, self._parts(staged, given), seed, scale)
+        step = Step(staged, self.line, engines, sums, self._parts(staged, given), turn, scale)
         try:
             for engine in engines.values():
                 engine.release()

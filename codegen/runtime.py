@@ -18,7 +18,7 @@ from torch.utils.data import DistributedSampler
 from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
 from autopar.codegen.engine import Engine, Parameters
-from autopar.codegen.executable import Executable, Values, seeds_for
+from autopar.codegen.executable import Executable, Turn, Values, seeds_for
 from autopar.codegen.first_order import first_order, no_backward
 from autopar.codegen.groups import ParameterGroup, mangled, wrap
 from autopar.codegen.offers import meet
@@ -130,9 +130,9 @@ class ParallelModule(Compiled):
         """The outputs of a program, for autograd to come back to where the model trains."""
         if self._pipeline is not None:
             with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-                return self._pipeline(executable, given, (self._seed, self._steps))  # type: ignore[no-any-return]
+                return self._pipeline(executable, given, Turn(self._seed, self._steps))  # type: ignore[no-any-return]
         engine = self._engines.setdefault(id(executable), Engine(executable, self._parameters_at))
-        seeds = seeds_for(executable, (self._seed, self._steps), self._site.device)
+        seeds = seeds_for(executable, Turn(self._seed, self._steps), self._site.device)
         if not (self.training and torch.is_grad_enabled()):
             with torch.no_grad():
                 return engine.run(given, seeds, None)
