@@ -62,6 +62,10 @@ ROWS = (
     Row("ResNet-50, 4 devices", "--model resnet50 --cluster 4xA100-80GB --batch 256", 10, 1.5, "fails"),
     Row("GPT-3 175B, 1,024 devices, mesh shapes searched",
         "--model gpt3-175b --cluster 128x8xA100-80GB --batch 512", 15, 1.5, "not possible"),
+    Row("GPT-2 XL, 48 layers, recomputing", "--model planning.py:forty_eight_layers --cluster 1xH100 --batch 8 "
+        "--memory-budget 36GiB", 10, 1.5, "-"),
+    Row("the same with 96 layers", "--model planning.py:ninety_six_layers --cluster 1xH100 --batch 8 "
+        "--memory-budget 72GiB", 10, 1.5, "-"),
 )
 
 
@@ -76,9 +80,26 @@ class Run:
 
 def two_layers(batch: int = 64) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """GPT-2 124M with two layers, on meta."""
+    return _gpt2(batch, n_layer=2)
+
+
+def forty_eight_layers(batch: int = 8) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """GPT-2 XL, on meta."""
+    return _gpt2(batch, n_layer=48, **XL)
+
+
+def ninety_six_layers(batch: int = 8) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """GPT-2 XL with twice its layers, on meta."""
+    return _gpt2(batch, n_layer=96, **XL)
+
+
+XL = {"n_embd": 1600, "n_head": 25, "vocab_size": 50304}
+
+
+def _gpt2(batch: int, **settings: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from transformers import GPT2Config, GPT2LMHeadModel
     with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config(n_layer=2, use_cache=False))
+        model = GPT2LMHeadModel(GPT2Config(use_cache=False, **settings))
         tokens = torch.zeros(batch, 1024, dtype=torch.long)
     return model, {"input_ids": tokens, "labels": tokens}
 
