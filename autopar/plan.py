@@ -180,8 +180,9 @@ class Plan:
 
     @property
     def memory_bytes(self) -> dict[str, float]:
-        """Bytes of one device by kind, their peak, and what the budget is compared with."""
-        return {**dataclasses.asdict(self.memory), "peak": self.observed_peak or self.memory.peak,
+        """Bytes of one device by kind, their peak, and what the budget is compared with; `around` where it is known."""
+        known = {name: nbytes for name, nbytes in dataclasses.asdict(self.memory).items() if nbytes is not None}
+        return {**known, "peak": self.observed_peak or self.memory.peak,
                 "device": self.memory.device}
 
     def to_json(self) -> dict[str, Any]:
