@@ -98,9 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
     work = replace(work, batch=asked.batch) if asked.batch else work
     print(f"{asked.model}, {work.batch} samples a device, {cluster.name}, mode {asked.mode}", file=sys.stderr)
     found = rows(context_of(work, cluster), cluster, Request(asked.model, asked.mode, stages=1), asked.budgets)
-    best = max(found, key=lambda row: row.gain)
-    print(f"together at best {100 * best.gain:.2f} % faster, within {best.budget / GIB:.2f} GiB; one after the other "
-          f"finds no plan for {sum(math.isinf(row.after) for row in found)} of {len(found)} budgets")
+    both = [row.gain for row in found if math.isfinite(row.after)]
+    print(f"together at best {100 * max(both, default=0.0):.2f} % faster where both find a plan; one after the other "
+          f"finds none for {len(found) - len(both)} of {len(found)} budgets")
     told = json.dumps([asdict(row) for row in found], indent=1)
     if asked.json:
         print(told)
