@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import autopar
+from autopar import launch
 from autopar.codegen.channels import Post
 from tests.builders import Case, gpt2, quick
 
@@ -44,7 +45,8 @@ def lose(how: str) -> None:
 def brought(case: Case, odd: bool) -> dict[str, Any]:
     """The batch of a step, another one where it is odd."""
     assert isinstance(case.inputs, dict)
-    return {name: x[:, 1:] for name, x in case.inputs.items()} if odd else case.inputs
+    here = launch.device()
+    return {name: (x[:, 1:] if odd else x).to(here) for name, x in case.inputs.items()}
 
 
 def through_stages(case: Case, model: Any, how: str) -> None:
