@@ -16,6 +16,7 @@ from autopar.codegen.entries import Assembly, Costed, assembly_of
 from autopar.codegen.executable import Executable, offline
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.lower import Target
+from autopar.codegen.reprice import Phase
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
@@ -28,7 +29,7 @@ from autopar.passes.outline import outline
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.staged import as_staged
-from autopar.planned import Bytes, Pipelining, PlannedStage, Seconds
+from autopar.planned import Bytes, Pipelining, PlannedSegment, PlannedStage, Seconds
 from autopar.solver import mapping
 from autopar.solver.assembly import Assembled, Priced, Taken, assemble, price
 from autopar.solver.optimise import Begun, begin, finish
@@ -144,6 +145,16 @@ def pipelining_of(found: Found) -> Pipelining:
     names = [call.segment.name for call in found.executable.calls]
     return Pipelining(tuple(_stages(found.assembly, found.assembled.taken, found.assembled.priced, names,
                                     found.problem.setting)), found.shape.micro_batches, found.schedule)
+
+
+def segments_of(found: Found) -> tuple[PlannedSegment, ...]:
+    """The segments of all stages, by a device of the setting."""
+    def parts(phase: Phase, seconds: float) -> tuple[float, float, float]:
+        return phase.compute + phase.talk, phase.inline, seconds - phase.compute - phase.talk - phase.inline
+
+    return tuple(PlannedSegment(call.segment.name, *parts(each.tally.forward, each.entry.forward),
+                                *parts(each.tally.backward, each.entry.backward), each.entry.saved, 0.0)
+                 for call, each in zip(found.executable.calls, found.assembly.calls, strict=True))
 
 
 def _stages(assembly: Assembly, taken: Taken, priced: Priced, names: list[str],

@@ -56,6 +56,8 @@ def answer(options: Options, progress: Progress, start: float) -> str:
         plan.save(options.out)
     if options.emit is not None:
         plan.emit(options.emit, context, cluster)
+    if options.timeline is not None:
+        plan.timeline(options.timeline)
     explained = explain(plan, context, cluster, options.explain) if options.explain is not None else None
     if options.json:
         assert compared is not None
