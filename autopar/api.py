@@ -12,7 +12,16 @@ import torch.distributed as dist
 from torch import nn
 
 from autopar import launch
-from autopar.arguments import one_of, read_budget, read_cluster, read_counts, read_mesh, read_pins, read_plan
+from autopar.arguments import (
+    one_of,
+    read_budget,
+    read_cluster,
+    read_counts,
+    read_layout,
+    read_mesh,
+    read_pins,
+    read_plan,
+)
 from autopar.codegen.batches import BatchKind
 from autopar.codegen.compiled import COMPILERS, Compiler, compiler_for
 from autopar.codegen.ranks import check_alike, together
@@ -37,6 +46,7 @@ from autopar.solver.model import SOLVERS
 Inputs = Any
 ClusterLike = Cluster | str | os.PathLike[str]
 MeshLike = str | int | Sequence[int]
+Ranks = Sequence[Sequence[int]]
 PlanLike = Plan | str | os.PathLike[str]
 log = logging.getLogger("autopar")
 STORED: dict[bool, Stored] = {False: "by factor", True: "plain"}
@@ -48,7 +58,8 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
          optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
          returns: Returns = "loss", pins: Mapping[str, str] | None = None, keep_shapes: bool = False,
          head: Head = "auto", pp: int | None = None, dp: int | None = None, tp: int | None = None,
-         micro_batches: int | None = None, batch_norm: BatchNorm = "whole") -> Plan:
+         micro_batches: int | None = None, batch_norm: BatchNorm = "whole", ppranks: Ranks | None = None,
+         dpranks: Ranks | None = None) -> Plan:
     """The best plan for training `model` on `cluster`, without running anything.
 
     `cluster` is a Cluster, the text of a preset or the path of a file; None is what this machine has. `inputs` are a
@@ -60,14 +71,16 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     predicted to be quicker, "chunked" wherever it can be, "plain" nowhere. `pp` fixes the number of a pipeline's
     stages, `micro_batches` that of a step, `dp` and `tp` the axes of a stage's mesh that cut batch and parameters.
     `batch_norm="micro-batch"` takes statistics of each micro-batch, without which a model with batch norm has but one:
-    it then trains as one process does that adds up gradients. A plan made before is read again. Raises AutoparError.
+    it then trains as one process does that adds up gradients. `ppranks` are the ranks of each pipeline, stage by stage,
+    `dpranks` those that hold the same stage: a layout by hand, which a mesh takes row by row. A plan made before is
+    read again. Raises AutoparError.
     """
     check_plain(model, loss_fn)
     one_of("returns", returns, get_args(Returns))
     one_of("head", head, get_args(Head))
     one_of("batch_norm", batch_norm, get_args(BatchNorm))
     request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
-                       solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches))
+                       solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches), ranks=(ppranks, dpranks))
     if returns == "all" and not with_stages(request):
         request = replace(request, stages=1)  # which bring the loss alone
     call = _call(model, inputs, loss_fn)
@@ -90,7 +103,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             init: str | os.PathLike[str] | None = None, keep_shapes: bool = False,
             exact_dropout: bool | None = None, head: Head = "auto", costs: Costs = "roofline", pp: int | None = None,
             dp: int | None = None, tp: int | None = None, micro_batches: int | None = None,
-            batch_norm: BatchNorm = "whole") -> nn.Module:
+            batch_norm: BatchNorm = "whole", ppranks: Ranks | None = None,
+            dpranks: Ranks | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
@@ -117,8 +131,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             one_of("compiler", compiler, COMPILERS)
         one_of("costs", costs, get_args(Costs))
         decided = [name for name, value in (("mesh", mesh), ("memory_budget", memory_budget), ("pins", pins),
-                                            ("pp", pp), ("dp", dp), ("tp", tp), ("micro_batches", micro_batches))
-                   if value]
+                                            ("pp", pp), ("dp", dp), ("tp", tp), ("micro_batches", micro_batches),
+                                            ("ppranks", ppranks), ("dpranks", dpranks)) if value]
         if plan is not None and decided:
             raise AutoparError(f"a plan is given, which decides all, and {', '.join(decided)}, which are for making "
                                "one; give one of them")
@@ -128,7 +142,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         check_plain(model, loss_fn)
         material = read_material(init, model)
         request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
-                           solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches))
+                           solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches), ranks=(ppranks, dpranks))
         if returns == "all" and with_stages(request):
             raise AutoparError("a pipeline returns its loss alone, other outputs are on its last stage, a micro-batch "
                                "each; leave returns=\"all\" out, or use a mode without stages")
@@ -167,8 +181,8 @@ def _told(model: nn.Module, order: Order) -> dict[str, str]:
     words = {"the model": type(model).__name__, "mode": asked.mode, "mesh": asked.mesh, "optimizer": asked.optimizer,
              "precision": order.precision, "returns": order.returns, "batch": order.batch, "compiler": order.compiler,
              "the loss_fn": "absent" if order.loss_fn is None else "given", "the stored shape": order.stored,
-             "costs": order.costs, "head": order.head, "batch_norm": order.batch_norm,
-             "pp": asked.stages, "micro_batches": asked.micro_batches}
+             "costs": order.costs, "head": order.head, "batch_norm": order.batch_norm, "pp": asked.stages,
+             "micro_batches": asked.micro_batches, "ppranks": asked.layout}
     parameters = {f"parameter {name}": f"{tuple(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'},"
                   for name, p in model.named_parameters()}
     return {word: str(value) for word, value in words.items()} | parameters
@@ -194,8 +208,10 @@ def _request(model: nn.Module, precision: Precision, **asked: Any) -> Request:
     mode, optimizer, solver = (one_of(name, asked[name], known) for name, known in _WORDS.items())
     mesh, budget, pins = (asked[name] for name in ("mesh", "memory_budget", "pins"))
     stages, inner, parts = read_counts(asked["counts"], None if mesh is None else read_mesh(mesh))
+    layout = read_layout(*asked["ranks"])
     return Request(type(model).__name__, mode, inner, optimizer, None if budget is None else read_budget(budget),
-                   solver, () if pins is None else read_pins(pins), stages=stages, micro_batches=parts)
+                   solver, () if pins is None else read_pins(pins), micro_batches=parts, layout=layout,
+                   stages=stages or (layout.stages if layout else None))
 
 
 def _place(cluster: ClusterLike | None, request: Request) -> Cluster:

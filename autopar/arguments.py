@@ -14,6 +14,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, UnknownName
 from autopar.core.mesh import parse_mesh
 from autopar.core.presets import MOST_DEVICES
+from autopar.core.ranks import HandLayout
 from autopar.core.told import told
 from autopar.core.units import parse_bytes
 from autopar.plan import Plan
@@ -72,6 +73,21 @@ def read_counts(counts: tuple[Any, Any, Any, Any],
     return None if pp is None else int(pp), inner, None if micro_batches is None else int(micro_batches)
 
 
+def read_layout(ppranks: Any, dpranks: Any) -> HandLayout | None:
+    """The layout given by hand, None without one. Raises AutoparError unless both are lists of lists of ranks."""
+    if ppranks is None and dpranks is None:
+        return None
+    if ppranks is None:
+        raise AutoparError(f"dpranks are {told(dpranks)}, and there are no ppranks, which tell the order of stages; "
+                           "give both, or ppranks alone")
+    for name, given in (("ppranks", ppranks), ("dpranks", () if dpranks is None else dpranks)):
+        if not (_is_list(given) and all(_is_list(each) and each for each in given)
+                and all(_is(rank, Integral) for each in given for rank in each) and (given or name == "dpranks")):
+            raise AutoparError(f"{name} are {told(given)}, needed are lists of ranks, such as [[0, 1], [2, 3]]")
+    columns, groups = (tuple(tuple(map(int, each)) for each in given or ()) for given in (ppranks, dpranks))
+    return HandLayout(columns, groups)
+
+
 def read_budget(given: Any) -> float:
     """Bytes, from a number of them or a text such as 20GiB. Raises AutoparError for anything else."""
     amount: Any = parse_bytes(given) if isinstance(given, str) else given
@@ -101,6 +117,10 @@ def one_of(what: str, given: Any, known: Iterable[str]) -> str:
     if given not in names:
         raise UnknownName(what, given, names)
     return given
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _is(value: Any, kind: type) -> bool:

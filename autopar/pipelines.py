@@ -32,6 +32,7 @@ from autopar.passes.staged import as_staged
 from autopar.planned import Bytes, Pipelining, PlannedSegment, PlannedStage, Seconds
 from autopar.solver import mapping
 from autopar.solver.assembly import Assembled, Priced, Taken, assemble, price
+from autopar.solver.grid import Send
 from autopar.solver.optimise import Begun, begin, finish
 
 NO_BETTER = 1e-6
@@ -266,12 +267,14 @@ def shapes_to_try(cluster: Cluster, batch: int, segments: int, meshes: dict[int,
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How pipelines are searched: the setting of one, the solver and its seconds, and who is told."""
+    """How pipelines are searched: the setting of one, the solver and its seconds, who is told, and the layout if it is
+    given."""
 
     setting: Setting
     solver: str
     limit_s: float
     report: Callable[[str], None]
+    layout: tuple[int, ...] = ()
 
 
 def least_share(shape: Shape) -> float:
@@ -301,9 +304,9 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
     """The best of the shapes that takes fewer seconds than `beat`, a lower bound of all, and refusals.
 
     Shapes are looked at from the least work a device on, on devices host by host; what can't beat the best so far is
-    passed over. The best is placed anew on the devices in the end.
+    passed over. The best is placed anew on the devices in the end, unless a layout is given.
     """
-    work, layout = least_work(contexts.whole, asked.setting) / cluster.size, by_host(cluster)
+    work, layout = least_work(contexts.whole, asked.setting) / cluster.size, asked.layout or by_host(cluster)
     bounds = {shape: work * (1.0 + (shape.stages - 1) / shape.micro_batches) * least_share(shape) for shape in shapes}
     best, least, refusals = None, math.inf, list[AutoparError]()
     end = time.perf_counter() + asked.limit_s
@@ -326,8 +329,8 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
             continue
         asked.report(f"{shape}: {1e3 * found.seconds:.3f} ms a step")
         best = found if found.seconds < most else best
-    best = remapped(_restricted(best, contexts, asked), contexts, asked) if best else None
-    return best, least, refusals
+    best = _restricted(best, contexts, asked) if best else None
+    return best if best is None or asked.layout else remapped(best, contexts, asked), least, refusals
 
 
 def _restricted(found: Found, contexts: MicroContexts, asked: Asked) -> Found:
@@ -348,7 +351,7 @@ MAPPING_LIMIT_S = 3.0
 
 def traffic_of(found: Found) -> mapping.Instance:
     """What a plan sends, for its layout: activations over each cut forth and back, in each period what shows of the
-    slowest, and once a step the sum of a stage's gradients."""
+    slowest, and once a step the sum of a stage's gradients, and of those that the first and the last stage share."""
     setting, instance = found.problem.setting, found.assembly.instance
     nbytes = max((run.inside for run in instance.runs), default=0.0) or max(run.after for run in instance.runs)
     gradients = max(sum(call.memory.gradients for call, _ in _calls_on(found.assembly, found.assembled.taken, device))
@@ -356,7 +359,15 @@ def traffic_of(found: Found) -> mapping.Instance:
     inner = tuple(axis + 1 for axis, size in enumerate(setting.mesh.shape) if size > 1)
     sums = (mapping.Collective("all_reduce", inner, gradients, 1.0),) if inner else ()
     return mapping.Instance(setting.cluster, (setting.stages, *setting.mesh.shape),
-                            (mapping.Send(nbytes, 2.0, instance.micro_batches - 1.0),), sums)
+                            Send(nbytes, 2.0, instance.micro_batches - 1.0), sums, _around(found, nbytes))
+
+
+def _around(found: Found, nbytes: float) -> Send:
+    """What goes between the first place and the last: to a stage that is on the first one's devices, or gradients."""
+    instance, ties = found.assembly.instance, found.assembly.instance.ties
+    if found.schedule == "looped":
+        return Send(nbytes, 2.0)
+    return Send(max((tie.nbytes for tie in ties), default=0.0), float(len(ties) > 0 and instance.devices > 1))
 
 
 def remapped(found: Found, contexts: MicroContexts, asked: Asked) -> Found:

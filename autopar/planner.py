@@ -19,6 +19,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
 from autopar.core.observed import Observed, factors_of
+from autopar.core.ranks import HandLayout
 from autopar.core.sharding import Instance, Priced, Solution, Sums
 from autopar.passes.capture import KEPT, BatchNorm, Program, Stored
 from autopar.passes.constants import FoldConstants
@@ -58,7 +59,8 @@ class Request:
     """What is asked for. `mesh` None searches shapes; `memory_budget` in bytes, None: the device less a reserve.
 
     `pins` fix ops to strategies, as texts of a plan; `observed` is what was measured of segments. `stages` and
-    `micro_batches` None are searched by modes that take stages; `mesh` is then that of a stage.
+    `micro_batches` None are searched by modes that take stages; `mesh` is then that of a stage. `layout` is by hand,
+    None to find one.
     """
 
     model: str
@@ -71,6 +73,7 @@ class Request:
     observed: tuple[Observed, ...] = ()
     stages: int | None = None
     micro_batches: int | None = None
+    layout: HandLayout | None = None
 
     def setting(self, cluster: Cluster, shape: tuple[int, ...], pinned: dict[str, Storage] | None = None,
                 stages: int = 1) -> Setting:
@@ -113,6 +116,8 @@ def shapes_for(request: Request, cluster: Cluster) -> tuple[tuple[int, ...], ...
 def check_shapes(request: Request, cluster: Cluster) -> None:
     """Raises AutoparError where what is asked for doesn't fit together, whatever the program."""
     check_stages(request)
+    if request.layout:
+        request.layout.devices(cluster.size)
     if with_stages(request):
         stage_meshes(request, cluster)
         return
@@ -125,6 +130,12 @@ def check_stages(request: Request) -> None:
     if request.micro_batches is not None and not with_stages(request):
         raise AutoparError(f"micro_batches is {request.micro_batches}, and mode {request.mode} without pp= has no "
                            "stages to run them; give pp=, or a mode with stages such as pp")
+    if request.layout and (request.stages or 1) != request.layout.stages:
+        raise AutoparError(f"ppranks have {request.layout.stages} ranks each, the plan has {request.stages or 1} "
+                           f"stages; use as many, pp={request.layout.stages}")
+    if request.layout and request.layout.stages == 1:
+        raise AutoparError("ppranks have 1 rank each, and without stages there is nothing to lay out; leave them out, "
+                           "or name the ranks of a pipeline in each list")
     if request.pins and with_stages(request):
         raise AutoparError(f"pins fix {', '.join(name for name, _ in request.pins)}, and ops of plans with stages "
                            "can't be fixed yet; leave pins out, or use a mode without stages")
@@ -234,7 +245,8 @@ def _searched(contexts: pipelines.MicroContexts, cluster: Cluster, request: Requ
     size, shape = next(iter(meshes.items()))
     setting = request.setting(cluster, shape[0], stages=cluster.size // size)
     return pipelines.search(contexts, cluster, shapes,
-                            pipelines.Asked(setting, request.solver, SOLVE_LIMIT_S, report), beat)
+                            pipelines.Asked(setting, request.solver, SOLVE_LIMIT_S, report,
+                                            request.layout.devices(cluster.size) if request.layout else ()), beat)
 
 
 def pipelined_plan(found: pipelines.Found, least: float, ctx: Context, request: Request, spent: float) -> Plan:

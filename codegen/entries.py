@@ -143,5 +143,5 @@ def _ties(executable: Executable, runs: Sequence[Sequence[int]], setting: Settin
             factored = decision.context.segmented.factored
             nbytes = (whole_bytes(factored, node) / itemsize(node) * MASTER_BYTES
                       / decision.storage[node].resting_parts(decision.mesh))
-            found.append(Tie(first, second, max(alpha + beta * nbytes for alpha, beta in links)))
+            found.append(Tie(first, second, max(alpha + beta * nbytes for alpha, beta in links), nbytes))
     return tuple(found)

@@ -149,11 +149,11 @@ class _Lowering:
                 bucket = buckets.setdefault(() if node in self.outside else axes, [])
                 if (node, with_summed(start, axes)) not in bucket:
                     bucket.append((node, with_summed(start, axes)))
+        arrived = {node: self.made[node, self.sources[node]] for node in wanted}
         for axes, members in buckets.items():
-            self._receive_bucket(axes, members)
+            self._receive_bucket(axes, members, [arrived[node] for node, _ in members])
 
-    def _receive_bucket(self, axes: tuple[int, ...], members: list[tuple[fx.Node, Spec]]) -> None:
-        raw = [self.made[node, self.sources[node]] for node, _ in members]
+    def _receive_bucket(self, axes: tuple[int, ...], members: list[tuple[fx.Node, Spec]], raw: list[fx.Node]) -> None:
         if axes:
             summed = self._call(ReduceGradients(axes, self.target.communicator), f"reduce_gradients_{_digits(axes)}",
                                 (tuple(raw),))

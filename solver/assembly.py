@@ -71,11 +71,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """Runs whose parameters are one: seconds a step where they are on different stages."""
+    """Runs whose parameters are one: seconds a step, and bytes, where they are on different stages."""
 
     first: int
     second: int
     seconds: float
+    nbytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pytest
 
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
+from autopar.core.ranks import HandLayout
 from autopar.plan import Plan
 from autopar.planner import Request, solve, verify
 from tests.programs import model_context
@@ -54,7 +55,22 @@ def test_stages_keep_clear_of_a_slow_link() -> None:
     assert verify(plan, context, cluster)[0] == pytest.approx(plan.step_time_s, rel=1e-6)
 
 
+def test_a_layout_by_hand_is_taken_and_priced_beside_the_solvers() -> None:
+    context, cluster = model_context("gpt2"), hosts(2, 2)
+    across = HandLayout(((0, 2), (1, 3)), ((0, 1), (2, 3)))  # columns over the slow link, stages inside of hosts
+    asked = Request("gpt2", "pp", solver="highs", stages=2, micro_batches=2)
+    plans = [solve(context, cluster, replace(asked, layout=layout))[0]
+             for layout in (across, HandLayout(((0, 1), (2, 3))), None)]
+    assert [plan.pipelining.layout for plan in plans[:2]] == [(0, 1, 2, 3), (0, 2, 1, 3)]
+    assert plans[2].step_time_s <= min(plan.step_time_s for plan in plans[:2]) * (1 + 1e-9)
+    assert plans[0].step_time_s != pytest.approx(plans[1].step_time_s, rel=1e-3)
+    assert verify(plans[1], context, cluster)[0] == pytest.approx(plans[1].step_time_s, rel=1e-6)
+
+
 @pytest.mark.parametrize(("asked", "said"), [
+    ({"stages": 4, "layout": HandLayout(((0, 1), (2, 3)))}, "ppranks have 2 ranks each, .* 4 stages; use .* pp=2"),
+    ({"stages": 2, "layout": HandLayout(((0, 1), (2, 2)))}, r"ppranks miss ranks \[3\] and repeat \[2\]"),
+    ({"mode": "ddp", "layout": HandLayout(((0,), (1,), (2,), (3,)))}, "ppranks have 1 rank each.*leave them out"),
     ({"stages": 3}, "3 stages do not divide the 4 devices .*; use one of 1, 2, 4"),
     ({"stages": 2, "micro_batches": 3}, "does not divide into 3 micro-batches; use a batch of 9, or 2"),
     ({"stages": 2, "mesh": (4,)}, "mesh 4 of a stage has 4 devices, the stages of .* have 2; use another mesh"),

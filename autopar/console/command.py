@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import cast
 
 import torch
 
-from autopar.arguments import read_counts
+from autopar.arguments import read_counts, read_layout
 from autopar.comparison import compare
 from autopar.console.options import Options
 from autopar.console.progress import Progress, hushed
-from autopar.console.report import as_json, as_text, as_verbose_text
+from autopar.console.report import as_json, as_text, as_verbose_text, beside
 from autopar.core.cluster import Cluster
 from autopar.explanation import explain
 from autopar.launch import local_cluster
 from autopar.models.registry import build
 from autopar.passes.capture import Precision, capture
+from autopar.passes.decision import Context
 from autopar.passes.lookups import checked
 from autopar.passes.notation import op_called
+from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
-from autopar.planner import Request, check_shapes, prepare, solve
+from autopar.planner import Report, Request, check_shapes, prepare, solve
 
 MOST_PROCESSES = 8
 """Local processes that are planned for where there is no GPU: more share a machine's memory too thinly."""
@@ -31,8 +34,10 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     """The plan as text to print; `start` is when the command started, of `time.perf_counter`. Raises AutoparError."""
     cluster = options.cluster or this_machine()
     stages, mesh, parts = read_counts((options.pp, options.dp, options.tp, options.micro_batches), options.mesh)
+    layout = read_layout(options.ppranks, options.dpranks)
     request = Request(options.model, options.mode, mesh, options.optimizer, options.memory_budget, options.solver,
-                      options.pins, stages=stages, micro_batches=parts)
+                      options.pins, stages=stages or (layout.stages if layout else None), micro_batches=parts,
+                      layout=layout)
     check_shapes(request, cluster)  # before anything is built
     progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")
     built = build(options.model, options.batch, options.seq)
@@ -59,17 +64,27 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     if options.timeline is not None:
         plan.timeline(options.timeline)
     explained = explain(plan, context, cluster, options.explain) if options.explain is not None else None
+    solvers = free_layout(plan, context, cluster, request, progress.found) if layout else None
     if options.json:
         assert compared is not None
-        return as_json(compared, time.perf_counter() - start, explained)
+        return as_json(compared, time.perf_counter() - start, explained, solvers)
     text = as_verbose_text(plan, problem) if options.verbose and problem else as_text(plan)
     if compared:
         text += f"\n\nstep by mode:\n{compared}"
+    if solvers:
+        text += f"\n{beside(plan, solvers)}"
     if explained:
         text += f"\n\n{explained}"
     if options.cluster is None:
         text += f"\ncluster: {cluster.name} is what this machine has; --cluster names another"
     return text
+
+
+def free_layout(plan: Plan, context: Context, cluster: Cluster, request: Request, report: Report) -> Plan:
+    """The plan of the same stages, mesh and micro-batches on the layout that the solver finds."""
+    asked = replace(request, layout=None, stages=len(plan.pipelining.places), mesh=plan.mesh,
+                    micro_batches=plan.micro_batches)
+    return solve_or_recall(context, cluster, asked, report)
 
 
 def this_machine() -> Cluster:

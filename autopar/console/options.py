@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
 PRECISIONS = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
 SOLVERS = ("cbc", "highs")
 
+Ranks = tuple[tuple[int, ...], ...]
 MOST_COUNTED = 10**9
 """Samples of a batch, tokens of a sample: beyond it sizes of tensors are no numbers that torch can hold."""
 _DIGITS = 30
@@ -60,6 +62,8 @@ class Options:
     tp: int | None = None
     micro_batches: int | None = None
     timeline: Path | None = None
+    ppranks: Ranks | None = None
+    dpranks: Ranks | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,6 +122,12 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tp", type=_count, metavar="N", help="with --dp in place of --mesh: parts of parameters")
     group.add_argument("--micro-batches", type=_count, metavar="N",
                        help="micro-batches of a pipeline's step (default: the best number)")
+    group.add_argument("--ppranks", type=_ranks, metavar="LISTS",
+                       help="a layout by hand: the devices of each pipeline, stage by stage, such as [[0,1],[2,3]]; it "
+                            "is priced beside the solver's (default: the solver's)")
+    group.add_argument("--dpranks", type=_ranks, metavar="LISTS",
+                       help="with --ppranks: the devices that hold the same stage, such as [[0,2],[1,3]] (default: as "
+                            "--ppranks tell)")
     group.add_argument("--solver", choices=SOLVERS, default="cbc", metavar="S", help=_choices(SOLVERS))
     group.add_argument("--pin", action="append", type=_pin, default=[], dest="pins", metavar="OP=STRATEGY",
                        help="fix an op to a strategy, both as a plan prints them, such as 'up=S0R = S0R X RR'; may be "
@@ -150,6 +160,13 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 0 < int(text[:_DIGITS]) <= MOST_COUNTED):
         raise argparse.ArgumentTypeError(f"{text[:_DIGITS]!r} is not a whole number above 0 and at most {MOST_COUNTED}")
     return int(text)
+
+
+def _ranks(text: str) -> Ranks:
+    try:
+        return tuple(tuple(map(int, each)) for each in json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} are no lists of devices, such as [[0,1],[2,3]]") from error
 
 
 def writable(text: str) -> Path:

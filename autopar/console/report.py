@@ -26,16 +26,25 @@ def as_verbose_text(plan: Plan, problem: Problem) -> str:
     return f"{edge_costs(problem)}\n\n{as_text(plan)}"
 
 
-def as_json(compared: Comparison, total_s: float, explanation: Explanation | None = None) -> str:
+def beside(plan: Plan, solvers: Plan) -> str:
+    """A layout by hand beside the solver's."""
+    return (f"layout by hand: {1e3 * plan.step_time_s:.3f} ms a step; the solver's: {1e3 * solvers.step_time_s:.3f} "
+            f"ms, devices {', '.join(map(str, solvers.pipelining.layout))}")
+
+
+def as_json(compared: Comparison, total_s: float, explanation: Explanation | None = None,
+            solvers: Plan | None = None) -> str:
     """One object: what a plan's file tells, ops that print nothing left out, and what was compared.
 
-    `total_s`: seconds since the command started.
+    `total_s`: seconds since the command started; `solvers` is the plan beside one whose layout is given.
     """
     told = compared.plan.to_json()
     return json.dumps({
         **told,
         "ops": [op for op in told["ops"] if op["strategy"]],
         "modes": compared.seconds, "modes_reason": compared.reasons, "total_s": total_s,
+        **({"layouts": {"by_hand_s": told["step_time_s"], "solver_s": solvers.step_time_s,
+                        "solver_devices": solvers.pipelining.layout}} if solvers else {}),
         **({"explanation": explanation_fields(explanation)} if explanation else {}),
     })
 

@@ -146,8 +146,13 @@ def _two_tiers(size: int, within: float, between: float) -> Matrix:
 
 
 def _matrix(data: dict[str, Any], name: str) -> Matrix:
-    rows = enumerate(entries(data, name, list))
-    return tuple(tuple(typed(f"{name}[{i}][{j}]", value, float) for j, value in enumerate(row)) for i, row in rows)
+    rows = entries(data, name, list)
+    lacking = next(((i, j) for i, row in enumerate(rows) for j, value in enumerate(row) if value is None), None)
+    if lacking:
+        raise AutoparError(f"{name}[{lacking[0]}][{lacking[1]}] is null: that link is missing; measure the cluster "
+                           "again with all ranks, or write its figure")
+    return tuple(tuple(typed(f"{name}[{i}][{j}]", value, float) for j, value in enumerate(row))
+                 for i, row in enumerate(rows))
 
 
 def _devices(data: dict[str, Any]) -> tuple[Device, ...]:

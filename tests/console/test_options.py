@@ -55,6 +55,7 @@ def test_everything_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("--model gpt2 --batch 1000000001", "whole number above 0 and at most 1000000000"),
     ("--model gpt2 --cluster cpu:99999", "the most that can be planned for"), ("--model gpt2 --mesh 16385", "mesh is"),
     ("--model gpt2 --memory-budget 1e30", "memory budget is '1e30'"), ("--model gpt2 --pin =RR", "pin '=RR' is not"),
+    ("--model gpt2 --ppranks [[0,1],[2,x]]", r"'\[\[0,1\],\[2,x\]\]' are no lists of devices"),
 ])
 def test_mistakes_are_refused_with_what_was_found(given: str, said: str) -> None:
     with pytest.raises(AutoparError, match=said) as refusal:
@@ -68,7 +69,7 @@ def test_help_states_models_defaults_and_examples(capsys: pytest.CaptureFixture[
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     assert all(name in text for name in MODELS)
-    assert text.count("(default: ") == 14  # of every option but --model and the two switches
+    assert text.count("(default: ") == 16  # of every option but --model and the two switches
     assert f"(default: {DEFAULT_BATCH}, or" in text and "(default: bf16-mixed)" in text and "less 8 %)" in text
     assert "autopar-solve --model gpt2 --cluster 8xA100-80GB --batch 64 --seq 1024" in text
 
