@@ -12,10 +12,11 @@ from typing import cast
 
 import torch
 
-from autopar.codegen.entries import Assembly, Costed, assembly_of
+from autopar.codegen.entries import CHUNKS, Assembly, Costed, assembly_of
 from autopar.codegen.executable import Executable, offline
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.lower import Target
+from autopar.codegen.reprice import Phase
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
@@ -28,7 +29,7 @@ from autopar.passes.outline import outline
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.staged import as_staged
-from autopar.planned import Bytes, Pipelining, PlannedStage, Seconds
+from autopar.planned import Bytes, Pipelining, PlannedSegment, PlannedStage, Seconds
 from autopar.solver import mapping
 from autopar.solver.assembly import Assembled, Priced, Taken, assemble, price
 from autopar.solver.grid import Send
@@ -36,6 +37,8 @@ from autopar.solver.optimise import Begun, begin, finish
 
 NO_BETTER = 1e-6
 """The relative gain below which another layout is not worth solving for."""
+MOST_INTERLEAVED = 16
+"""Devices in a pipeline, beyond which cutting it finer is not looked at: it would take too long."""
 MOST_FLIGHTS = 8
 """Micro-batches for each stage, beyond which the pipeline's filling and draining are small already."""
 
@@ -102,11 +105,16 @@ def lowered(decision: Decision, setting: Setting) -> Executable:
     return lower_all(Target(decision, offline(Mesh(setting.mesh.shape)), setting.price, torch.device("meta")))
 
 
+def deciding(setting: Setting) -> Setting:
+    """The setting, in which on one device there is nothing to decide."""
+    alone = setting.stages > 1 and setting.mesh.size == 1
+    return replace(setting, mode=mode_called("pp")) if alone else setting
+
+
 def begun(contexts: MicroContexts, setting: Setting, solver: str, limit_s: float) -> tuple[Problem, Begun]:
     """The sharding problem of a shape, bounded. Raises AutoparError where it has no solution."""
     ctx, _ = contexts.of(setting.micro_batches)
-    if setting.mesh.size == 1:
-        setting = replace(setting, mode=mode_called("pp"))  # on one device there is nothing to decide
+    setting = deciding(setting)
     check_batch(ctx, setting)
     problem = build(ctx, setting)
     return problem, begin(as_staged(problem), solver=solver, limit_s=limit_s)
@@ -135,9 +143,15 @@ def assembled(problem: Problem, found: Begun, solver: str, limit_s: float) -> Fo
 
 
 def _schedules(executable: Executable, setting: Setting) -> list[Schedule]:
-    """Those that may be the best: a last stage with the first pays where they share parameters."""
+    """Those that may be the best: a last stage with the first pays where they share parameters, several stages a
+    device where the wait for the first micro-batch is long beside what each sends."""
+    found: list[Schedule] = ["1f1b"]
     tied = assembly_of(executable, setting, "1f1b").instance.ties
-    return ["1f1b", "looped"] if tied and setting.micro_batches > 1 else ["1f1b"]
+    if tied and setting.micro_batches > 1:
+        found.append("looped")
+    if _may_interleave(setting.stages, setting.micro_batches) and len(executable.calls) >= CHUNKS * setting.stages:
+        found.append("interleaved")
+    return found
 
 
 def pipelining_of(found: Found) -> Pipelining:
@@ -145,6 +159,16 @@ def pipelining_of(found: Found) -> Pipelining:
     names = [call.segment.name for call in found.executable.calls]
     return Pipelining(tuple(_stages(found.assembly, found.assembled.taken, found.assembled.priced, names,
                                     found.problem.setting)), found.shape.micro_batches, found.schedule)
+
+
+def segments_of(found: Found) -> tuple[PlannedSegment, ...]:
+    """The segments of all stages, by a device of the setting."""
+    def parts(phase: Phase, seconds: float) -> tuple[float, float, float]:
+        return phase.compute + phase.talk, phase.inline, seconds - phase.compute - phase.talk - phase.inline
+
+    return tuple(PlannedSegment(call.segment.name, *parts(each.tally.forward, each.entry.forward),
+                                *parts(each.tally.backward, each.entry.backward), each.entry.saved, 0.0)
+                 for call, each in zip(found.executable.calls, found.assembly.calls, strict=True))
 
 
 def _stages(assembly: Assembly, taken: Taken, priced: Priced, names: list[str],
@@ -253,6 +277,18 @@ class Asked:
     layout: tuple[int, ...] = ()
 
 
+def least_share(shape: Shape) -> float:
+    """What of a step by 1F1B the same takes at least by the best schedule: interleaving waits less."""
+    if not _may_interleave(shape.stages, shape.micro_batches):
+        return 1.0
+    waits = shape.stages - 1
+    return (shape.micro_batches + waits / CHUNKS) / (shape.micro_batches + waits)
+
+
+def _may_interleave(stages: int, micro_batches: int) -> bool:
+    return 1 < stages <= MOST_INTERLEAVED and micro_batches % stages == 0
+
+
 def least_work(ctx: Context, setting: Setting) -> float:
     """Seconds that one device would compute for, without what it takes to launch kernels: a share of these is what
     each of several computes for at least, however ops and batch are cut."""
@@ -271,7 +307,7 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
     passed over. The best is placed anew on the devices in the end, unless a layout is given.
     """
     work, layout = least_work(contexts.whole, asked.setting) / cluster.size, asked.layout or by_host(cluster)
-    bounds = {shape: work * (1.0 + (shape.stages - 1) / shape.micro_batches) for shape in shapes}
+    bounds = {shape: work * (1.0 + (shape.stages - 1) / shape.micro_batches) * least_share(shape) for shape in shapes}
     best, least, refusals = None, math.inf, list[AutoparError]()
     end = time.perf_counter() + asked.limit_s
     for shape in sorted(shapes, key=bounds.__getitem__):
@@ -282,9 +318,10 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
         try:
             setting = staged_setting(asked.setting, shape, layout)
             problem, bounded = begun(contexts, setting, asked.solver, asked.limit_s)
-            least = min(least, bounded.bound.seconds)
-            if bounded.bound.seconds >= most:
-                asked.report(f"{shape}: at least {1e3 * bounded.bound.seconds:.3f} ms a step")
+            bound = bounded.bound.seconds * least_share(shape)
+            least = min(least, bound)
+            if bound >= most:
+                asked.report(f"{shape}: at least {1e3 * bound:.3f} ms a step")
                 continue
             found = assembled(problem, bounded, asked.solver, asked.limit_s)
         except AutoparError as refusal:

@@ -14,7 +14,7 @@ import torch
 from autopar import pipelines
 from autopar.budget import Lowerings, best_within, lowered, recomputing
 from autopar.codegen.executable import Executable
-from autopar.codegen.reprice import Memory, reprice, saved_by, tally_calls
+from autopar.codegen.reprice import Item, Memory, itemised, reprice, saved_by, tally_calls
 from autopar.codegen.surrounding import surrounding_bytes
 from autopar.codegen.ways import memory_of, ways_of
 from autopar.core.cluster import Cluster
@@ -22,7 +22,7 @@ from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
 from autopar.core.observed import Observed, factors_of
 from autopar.core.ranks import HandLayout
-from autopar.core.sharding import Instance, Priced, Solution
+from autopar.core.sharding import Instance, Priced, Solution, Sums
 from autopar.passes.capture import KEPT, BatchNorm, Program, Stored
 from autopar.passes.constants import FoldConstants
 from autopar.passes.costs import Optimizer, optimizer_called, slowest
@@ -37,7 +37,7 @@ from autopar.passes.problem import Problem, Setting, batch_of, build, check_batc
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Plan
-from autopar.planned import Bytes, PlannedCheckpoint, PlannedOp, PlannedParameter, Seconds
+from autopar.planned import Bytes, PlannedCheckpoint, PlannedOp, PlannedParameter, PlannedSegment, Seconds
 from autopar.refusals import merged
 from autopar.remedies import Asked, remedies
 from autopar.solver.optimise import Begun, begin, finish, optimise
@@ -266,7 +266,8 @@ def pipelined_plan(found: pipelines.Found, least: float, ctx: Context, request: 
         pipelines.bytes_of(found.assembly, assembled.taken), planned_ops(found.decision),
         planned_parameters(found.decision), attention_told(program), fallback_ops(ctx),
         len(found.problem.instance.nodes), edge_count(found.problem.instance), spent, workload_of(ctx),
-        peak_flops_per_s(setting.cluster, program.precision), pipelining=pipelines.pipelining_of(found))
+        peak_flops_per_s(setting.cluster, program.precision), pipelining=pipelines.pipelining_of(found),
+        segments=pipelines.segments_of(found))
 
 
 def _of_one_stage(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[Plan, Problem]:
@@ -397,7 +398,7 @@ def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> 
 def _plan(found: Found, request: Request, spent: float) -> Plan:
     executable, problem = found.executable, found.problem
     decision, ctx, setting = executable.decision, problem.context, problem.setting
-    priced, rough = reprice(executable, setting)
+    priced, rough, items = itemised(executable, setting)
     memory = found.memory or rough
     if abs(priced.seconds - found.seconds) > AGREEMENT * found.seconds:
         raise AssertionError(f"the solver claims {found.seconds} s, the lowered program costs {priced.seconds} s")
@@ -411,7 +412,16 @@ def _plan(found: Found, request: Request, spent: float) -> Plan:
               memory.around), planned_ops(decision), planned_parameters(decision), attention_told(program),
         fallback_ops(ctx), len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision), request.observed,
-        checkpoints=planned_checkpoints(executable, setting))
+        checkpoints=planned_checkpoints(executable, setting), segments=tuple(map(planned_segment, items)))
+
+
+def planned_segment(item: Item) -> PlannedSegment:
+    """A segment of a plan without stages."""
+    return PlannedSegment(item.name, *_parts(item.forward), *_parts(item.backward), item.saved, item.held)
+
+
+def _parts(sums: Sums) -> tuple[float, float, float]:
+    return sums.work, sums.inline, sums.exposed
 
 
 def attention_told(program: Program) -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -58,8 +59,9 @@ from autopar.planner import (
     solve_pinned,
 )
 from autopar.profiling import Bench, Costs, profiled
-from autopar.report import reporter
+from autopar.report import reporter, stage_reporter
 from autopar.stepping import follow
+from autopar.timeline import draw_seen
 
 log = logging.getLogger("autopar")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -101,7 +103,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
         plans = _plans(programs, ctx, mesh, decision, form_of(model, order.loss_fn))
         module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
         module.reporter = reporter(made, decision, setting_of(made, order.cluster))
-    module.plan = made
+    module.plan, module.drawer = made, partial(draw_seen, made)
     follow(module, model)
     if order.draws == "by kernel" and any(_drops(node) for node in ctx.segmented.factored.program.graph.nodes):
         log.info("dropout inside of attention is drawn by its kernels, another mask on each rank; exact_dropout=True "
@@ -132,8 +134,10 @@ def _pipelined(model: nn.Module, made: Plan, ctx: Context, programs: Programs, o
     stages = every_stage(build(Target(decision, site.communicator, programs.price, launch.device())), layout)
     grain = made.micro_batches * made.devices
     plans = _plans(programs, ctx, layout.whole, decision, form_of(model, order.loss_fn), grain)
-    return ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device),
-                          holding_of(model, stages, layout, line))
+    module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device),
+                            holding_of(model, stages, layout, line))
+    module.reporter = stage_reporter(made, layout.place)
+    return module
 
 
 def _drops(node: fx.Node) -> bool:

@@ -22,6 +22,9 @@ from autopar.passes.problem import Setting
 from autopar.passes.strategies import Storage
 from autopar.solver.assembly import Entry, Instance, Place, Run, Tie, waits
 
+CHUNKS = 2
+"""Stages a device where they are interleaved: with more the same waits less, and sends more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Costed:
@@ -55,8 +58,10 @@ def assembly_of(executable: Executable, setting: Setting, schedule: Schedule) ->
 
 
 def pipe_of(schedule: Schedule, setting: Setting) -> Pipe:
-    """The pipeline of a setting: by the schedule "looped" with a stage more than there are places."""
-    return Pipe(setting.stages + (schedule == "looped"), setting.stages, setting.micro_batches)
+    """The pipeline of a setting: by the schedule "looped" of a stage more than there are places, by "interleaved" of
+    several a place."""
+    stages = {"looped": setting.stages + 1, "interleaved": CHUNKS * setting.stages}.get(schedule, setting.stages)
+    return Pipe(stages, setting.stages, setting.micro_batches)
 
 
 def _alike(calls: Sequence[Costed], lowered: Sequence[int]) -> list[list[int]]:

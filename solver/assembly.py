@@ -21,11 +21,12 @@ A program is a sequence of runs r of n_r equal segments. Stage j of S takes n[j,
                 where the last stage is with the first: t ≥ 1 − d[0,a] and t ≥ s[S−2,b], a is on the first and b on
                 the last
 
-    minimise    Σ_j (T[j] + 2 c[j]) + (M − 1) · P + Y + Σ_tied seconds · t
+    minimise    Σ_j (T[j] + 2 c[j]) / V + (M − 1 / V) · P + Y + Σ_tied seconds · t
 
 `wait_j` is what of a transfer shows in each period: with k = S − j stages from j on, 1F1B has k micro-batches on their
 way and back, which take k periods and cross k − 1 cuts twice: 2 (k − 1) / k. Sum and period are those of 1F1B and GPipe
-(Narayanan et al. 2019); interleaving over V stages a device divides the sum by V, which `fill` does.
+(Narayanan et al. 2019). Interleaving V stages a device (Narayanan et al. 2021) a device has V · M actions each way, and
+the first one waits for S − V of 1 / V of them: V is 1 but for that.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Instance:
     """An assembly problem: runs in order, a place a stage, micro-batches a step; stage j is on device j mod `devices`,
-    of which there are as many as stages, or one less."""
+    of which there are as many as stages, one less, or for interleaving an equal part."""
 
     runs: tuple[Run, ...]
     places: tuple[Place, ...]
@@ -104,11 +105,22 @@ class Instance:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", self.devices or len(self.places))
-        assert self.devices in (len(self.places), len(self.places) - 1), f"{len(self.places)} stages on {self.devices}"
+        stages = len(self.places)
+        assert stages == self.devices + 1 or stages % self.devices == 0, f"{stages} stages on {self.devices}"
 
     def on(self, device: int) -> range:
         """The stages on a device."""
         return range(device, len(self.places), self.devices)
+
+    @property
+    def looped(self) -> bool:
+        """Whether the last stage is with the first, all others apart."""
+        return len(self.places) == self.devices + 1
+
+    @property
+    def chunks(self) -> int:
+        """V: stages a device that run in turn."""
+        return 1 if self.looped else len(self.places) // self.devices
 
     @property
     def segments(self) -> int:
@@ -170,7 +182,8 @@ def price(instance: Instance, taken: Taken) -> Priced:
     last = max(sum(finish[j] for j in instance.on(device)) for device in range(instance.devices))
     apart = sum(tie.seconds for tie in instance.ties if _apart(instance, taken, tie))
     sent = 2.0 * sum(crossing)
-    total = sum(seconds) + sent + (instance.micro_batches - 1) * period + last + apart
+    chunks = instance.chunks
+    total = (sum(seconds) + sent) / chunks + (instance.micro_batches - 1 / chunks) * period + last + apart
     held = tuple(sum(nbytes[j] for j in instance.on(device)) for device in range(instance.devices))
     return Priced(total, period, last + apart, sent, tuple(seconds), tuple(nbytes), tuple(crossing), held)
 
@@ -187,7 +200,7 @@ def _crossed(instance: Instance, taken: Taken, j: int) -> float:
 
 
 def _apart(instance: Instance, taken: Taken, tie: Tie) -> bool:
-    if instance.devices < len(taken):
+    if instance.looped:
         return sum(taken[0][tie.first]) < instance.runs[tie.first].count or any(sum(stage[tie.second])
                                                                                for stage in taken[:-1])
     last = max(j for j, stage in enumerate(taken) if sum(stage[tie.first]))
@@ -297,9 +310,9 @@ def _crossing(draft: Draft, j: int, share: float) -> Terms:
 
 
 def _sums(draft: Draft) -> Iterator[tuple[Variable, float]]:
+    share = 1.0 / draft.instance.chunks
     for j in range(len(draft.n)):
-        yield from _seconds(draft, j)
-        yield from _crossing(draft, j, 2.0)
+        yield from ((x, share * units) for x, units in [*_seconds(draft, j), *_crossing(draft, j, 2.0)])
 
 
 def _period(draft: Draft) -> Terms:
@@ -308,7 +321,7 @@ def _period(draft: Draft) -> Terms:
         terms = [(x, -units) for j in draft.instance.on(device)
                  for x, units in [*_seconds(draft, j), *_crossing(draft, j, draft.instance.places[j].wait)]]
         draft.model.at_least([(slowest, 1.0), *terms], 0.0)
-    return [(slowest, draft.instance.micro_batches - 1.0)]
+    return [(slowest, draft.instance.micro_batches - 1.0 / draft.instance.chunks)]
 
 
 def _finish(draft: Draft) -> Terms:
@@ -324,7 +337,7 @@ def _finish(draft: Draft) -> Terms:
 def _ties(draft: Draft) -> Iterator[tuple[Variable, float]]:
     for i, tie in enumerate(draft.instance.ties):
         apart = draft.model.amount(f"t({i})")
-        if draft.instance.devices < len(draft.n):
+        if draft.instance.looped:
             draft.model.at_least([(apart, 1.0), (draft.done[0][tie.first], 1.0)], 1.0)
             draft.model.at_least([(apart, 1.0), (draft.begun[-2][tie.second], -1.0)], 0.0)
             yield apart, tie.seconds / draft.model.unit

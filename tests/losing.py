@@ -55,7 +55,7 @@ def through_stages(case: Case, model: Any, how: str) -> None:
         if how and step == 3:
             lose_between_stages(how)
         with contextlib.suppress(ValueError) if how == "caught" else contextlib.nullcontext():
-            case.call(model).backward()
+            case.call(model, brought(case, odd=False)).backward()
 
 
 def main(rank: int, size: int, port: int, how: str, mode: str, backend: str) -> None:

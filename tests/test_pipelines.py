@@ -6,11 +6,14 @@ import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import autopar
+from autopar import pipelines
+from autopar.core.schedules import Schedule
 from tests.builders import Case, gpt2, mlp, quick, resnet
 from tests.families import as_written, family
 from tests.test_exactness import FLOOR, whole
@@ -26,9 +29,10 @@ class Way:
     name: str
     ranks: int
     options: dict[str, Any]
+    schedule: Schedule = "1f1b"
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.ranks}-" + "-".join(f"{k}{v}" for k, v in self.options.items())
+        return f"{self.name}-{self.ranks}-{self.schedule}-" + "-".join(f"{k}{v}" for k, v in self.options.items())
 
 
 def case_of(name: str) -> Case:
@@ -46,12 +50,15 @@ def gradients_off(model: torch.nn.Module, plain: torch.nn.Module) -> list[float]
             for n, g in held.items()]
 
 
-def errors(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[float, float, float, float, int]:
+def errors(rank: int, world_size: int, name: str, schedule: Schedule,
+           options: dict[str, Any]) -> tuple[float, float, float, float, int]:
     """Of the loss, of the gradients held here, of the curve, of parameters in learning rates; parameters held here."""
     case = case_of(name)
     plain = copy.deepcopy(case.model)
-    model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32",
-                            solver="highs", **options)
+    with mock.patch.object(pipelines, "_schedules", lambda *_: [schedule]):
+        model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn,
+                                precision="fp32", solver="highs", **options)
+    assert model.plan.schedule == schedule
     wanted, found = case.plain_loss(plain), case.call(model)
     assert all(p.grad is None for p in model.parameters())
     wanted.backward(), found.backward()
@@ -67,20 +74,23 @@ def errors(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tu
 
 WAYS = [
     Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 1}),
-    Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 4}),
+    Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 4}, "looped"),
+    Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 8}, "interleaved"),
     Way("uneven", 4, {"mode": "pp", "pp": 4, "micro_batches": 8}),
     Way("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}),
     Way("gpt2", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 4}),
     Way("gpt2", 4, {"mode": "pp+zero", "pp": 2, "micro_batches": 4}),
     Way("bert", 4, {"mode": "pp+sequence", "pp": 2, "micro_batches": 2}),
     Way("vit", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 2}),
-    Way("mlp", 2, {"mode": "pp", "pp": 2, "micro_batches": 8}),
+    Way("mlp", 2, {"mode": "pp", "pp": 2, "micro_batches": 8}, "gpipe"),
+    Way("gpt2", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 2}, "interleaved"),
+    Way("llama", 2, {"mode": "pp", "pp": 2, "micro_batches": 2}, "interleaved"),
 ]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_training_is_the_plain_models(pool: Any, way: Way) -> None:
-    for loss, gradients, curve, drift, held in pool(way.ranks).run(errors, way.name, way.options):
+    for loss, gradients, curve, drift, held in pool(way.ranks).run(errors, way.name, way.schedule, way.options):
         assert max(loss, gradients, curve) <= TOLERANCE and drift <= DRIFT
         assert 0 < held < len(list(case_of(way.name).model.parameters()))
 
