@@ -33,6 +33,8 @@ from autopar.models.registry import build
 from autopar.models.resnet import resnet
 
 MB = 1e6
+PLENTY = 1e15
+"""A budget that does not bind, in bytes."""
 WARMUP = 3
 STEPS = 10
 SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)
@@ -61,7 +63,8 @@ WORK = {
 
 @dataclass(frozen=True)
 class Row:
-    """One step: the budget (None: none), the peak and what of it is no activation, in bytes; seconds."""
+    """One step: the budget (None: none), the peak and what of it is no activation, in bytes; seconds. Budgets hold what
+    is `around` the peak too: context and communication buffers."""
 
     name: str
     budget: float | None
@@ -70,6 +73,7 @@ class Row:
     seconds: float
     predicted_peak: float | None = None
     predicted_seconds: float | None = None
+    around: float = 0.0
 
     @property
     def activations(self) -> float:
@@ -149,12 +153,12 @@ def ours(work: Work, device: torch.device, dropout: float, budget: float | None)
     images = "x" in batch
     made: Any = autopar.compile(
         plain(work, device, dropout), inputs=tuple(batch.values()) if images else batch, batch="global",
-        loss_fn=image_loss if images else None, memory_budget=budget)
+        loss_fn=image_loss if images else None, memory_budget=budget or PLENTY)
     plan = made.plan
     peak, static, seconds = measured(made, lambda: made(*batch.values()) if images else made(**batch).loss, device)
     told = plan.memory.total
     return Row("autopar", budget, peak or told, static or plan.memory.parameters + plan.memory.optimizer, seconds, told,
-               plan.step_time_s)
+               plan.step_time_s, plan.memory.around or 0.0)
 
 
 def image_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -237,7 +241,7 @@ def budgets(work: Work, device: torch.device, dropout: float, count: int) -> tup
     else:
         raise AssertionError("a byte is enough")
     assert least is not None and free.predicted_peak is not None
-    span = free.predicted_peak - least
+    span = free.predicted_peak + free.around - least
     return [least + 1.0 + span * i / max(1, count - 1) for i in range(count)], free
 
 
