@@ -1,7 +1,7 @@
 """Bytes of a device that are no tensors': a GPU's context with the code of kernels, and buffers of communication.
 
-Rough figures, from processes of torch 2.11 with CUDA 13 and NCCL on H100s; what a driver or a library takes is told by
-nobody beforehand. `benchmarks/prediction.py` prints what it was beside what the allocator holds.
+Both figures are assumed, not measured: what a driver or a library takes is told by nobody beforehand. The rows of
+`benchmarks/prediction.py` have what it was, the difference of a device's bytes and those the allocator reserves.
 """
 
 from __future__ import annotations
