@@ -164,12 +164,13 @@ def alone(pool: Any, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "ranks", "options", "local"), [
-    ("gpt2", 2, {"mode": "pp", "micro_batches": 1}, False), ("gpt2", 2, {"mode": "pp", "micro_batches": 2}, True),
-    ("gpt2", 2, {"mode": "pp", "micro_batches": 4}, False), ("gpt2", 2, {"mode": "pp", "micro_batches": 8}, False),
-    ("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, False),
+    ("gpt2", 2, {"mode": "pp", "micro_batches": 2}, True), ("gpt2", 2, {"mode": "pp", "micro_batches": 4}, False),
+    pytest.param("gpt2", 2, {"mode": "pp", "micro_batches": 1}, False, marks=pytest.mark.slow),
+    pytest.param("gpt2", 2, {"mode": "pp", "micro_batches": 8}, False, marks=pytest.mark.slow),
+    pytest.param("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, False, marks=pytest.mark.slow),
     ("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, True),
     ("gpt2", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 4}, False),
-    ("bert", 2, {"mode": "pp", "micro_batches": 2}, False),
+    pytest.param("bert", 2, {"mode": "pp", "micro_batches": 2}, False, marks=pytest.mark.slow),
     ("bert", 4, {"mode": "pp+sequence", "pp": 2, "micro_batches": 2}, False),
 ], ids=str)
 def test_micro_batches_draw_dropout_as_one_rank_does(pool: Any, name: str, ranks: int, options: dict[str, Any],
