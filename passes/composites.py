@@ -43,15 +43,22 @@ class TakeApart:
 
     def __call__(self, program: Program) -> Program:
         for node in [n for n in program.graph.nodes if n.op == "call_function"]:
-            if node.target in COMPOSITES and rule_of(node) is None:
-                _replace(node, written_out(node))
-            elif node.target is aten.unbind.int:
-                _replace(node, _places(node))
-            elif node.target in PARTS and len({v.shape for v in node.meta["val"]}) > 1:
-                _replace(node, _slices(node))
+            made = _parts_of(node)
+            if made is not None:
+                _replace(node, made)
             elif node.target is ATTENTION and node.kwargs.get("enable_gqa") and len(shape(node)) == 4:
                 _ungroup(node)
         return program
+
+
+def _parts_of(node: fx.Node) -> Any:
+    """What a composite is replaced by, put before it; None where it stays."""
+    if node.target in COMPOSITES and rule_of(node) is None:
+        return written_out(node)
+    if node.target is aten.unbind.int:
+        return _places(node)
+    uneven = node.target in PARTS and len({v.shape for v in node.meta["val"]}) > 1
+    return _slices(node) if uneven else None
 
 
 def written_out(node: fx.Node) -> Any:
