@@ -37,8 +37,10 @@ from autopar.solver.optimise import Begun, begin, finish
 
 NO_BETTER = 1e-6
 """The relative gain below which another layout is not worth solving for."""
-MOST_INTERLEAVED = 16
-"""Devices in a pipeline, beyond which cutting it finer is not looked at: it would take too long."""
+MOST_INTERLEAVED = 4
+"""Places of a pipeline, beyond which cutting it finer is not looked at: it would take too long."""
+LIMITS_S: dict[Schedule, float] = {"interleaved": 2.0}
+"""Seconds for the stages of a schedule, where they are limited: with what is found by then, or without it."""
 MOST_FLIGHTS = 8
 """Micro-batches for each stage, beyond which the pipeline's filling and draining are small already."""
 
@@ -133,7 +135,7 @@ def assembled(problem: Problem, found: Begun, solver: str, limit_s: float) -> Fo
     for schedule in _schedules(executable, setting):
         assembly = assembly_of(executable, setting, schedule)
         try:
-            best = assemble(assembly.instance, solver, limit_s)
+            best = assemble(assembly.instance, solver, min(limit_s, LIMITS_S.get(schedule, math.inf)))
             ways.append(Found(shape, problem, decision, assembly, best, executable, found.bound.seconds, schedule))
         except AutoparError as refusal:
             refusals.append(refusal)

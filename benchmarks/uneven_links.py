@@ -80,9 +80,10 @@ def trials(hosts: tuple[int, ...]) -> list[dict[str, Any]]:
         ranks = Spaces(tuple(spaces.names[host] for host in hosts))
         os.environ["PYTHONPATH"] = str(ROOT)
         done = ranks.run([sys.executable, str(Path(__file__).resolve()), "--rank"], SECONDS)
-    failed = [each.stderr for each in done if each.returncode]
+    failed = [f"rank {rank} ended with {each.returncode}: {each.stderr[-2000:]}" for rank, each in enumerate(done)
+              if each.returncode]
     if failed:
-        raise SystemExit(failed[0])
+        raise SystemExit("\n".join(failed))
     rows: list[dict[str, Any]] = json.loads(done[0].stdout.splitlines()[-1])
     return rows
 

@@ -211,6 +211,8 @@ class Pipeline:
             for engine in engines.values():
                 engine.release()
         half = staged.decision.context.segmented.factored.program.precision == "fp16-mixed"
+        if half:
+            self._spread(kept)
         return {node: _with_gradients(value, _Stash(kept, scale, self.scales if half else []), list(held.values()))
                 for node, value in self._told(staged, step).items()}
 
@@ -261,6 +263,18 @@ class Pipeline:
                 mine = grads[name] if name in grads else torch.zeros_like(local_of(held[name]))
                 grads[name] = all_reduce(mine.contiguous(), group)
         return [at_rest(grads.get(name), rest_of(p)) for name, p in held.items()]
+
+
+    def _spread(self, kept: list[Tensor | None]) -> None:
+        """Spoil a gradient on every rank where one is spoilt on any: a GradScaler looks at those of its own stage."""
+        locals_ = [local_of(grad) for grad in kept if grad is not None]
+        most = [local.abs().amax().float() for local in locals_ if local.numel()]
+        spoilt = (~torch.isfinite(torch.stack(most)).all()).float() if most else torch.zeros(
+            (), device=self.line.post.device)
+        for group in (self.line.group, self.line.inside.group(tuple(self.line.inside.mesh.axes))):
+            spoilt = all_reduce(spoilt, group)
+        for local in [local for local in locals_ if local.numel()][:1]:
+            local.mul_(torch.where(spoilt > 0, torch.nan, 1.0))
 
 
 def factored_base(decision: Decision, node: fx.Node) -> fx.Node:

@@ -260,7 +260,7 @@ class ParallelModule(Compiled):
     def beside(self, plain: nn.Module, values: FirstValues) -> ParallelModule:
         """A model like `plain`, which is like this one, under the same plan; collective."""
         made = ParallelModule(plain, self._decision, self._site, self._batches, values, self._holding)
-        made.plan = self.plan
+        made.plan, made.reporter, made.drawer = self.plan, self.reporter, self.drawer
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -63,7 +63,7 @@ def main(rank: int, size: int, port: int, how: str, mode: str, backend: str) -> 
     last = rank == size - 1
     case = gpt2(layers=3 if last and how == "model" else 2)
     model = autopar.compile(case.model, quick(size) if backend == "gloo" else None, inputs=case.inputs, mode=mode,
-                            precision="fp32", mesh=(2, 2) if size == 4 else None,
+                            precision="fp32", mesh=(2, 2) if size == 4 and mode != "pp" else None,
                             micro_batches=4 if mode == "pp" else None)
     if mode == "pp":
         through_stages(case, model, how if last else "")

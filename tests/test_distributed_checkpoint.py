@@ -87,7 +87,8 @@ def second_part(rank: int, world_size: int, way: Way, folder: str) -> list[float
 
 @pytest.mark.parametrize(("before", "after"), [
     (Way("auto", 4, (2, 2)), Way("zero3", 2)), (Way("zero3", 2, ahead=False), Way("1d", 4)),
-    (Way("1d", 2), Way("ddp", 1)),
+    (Way("1d", 2), Way("ddp", 1)), (Way("pp", 2), Way("zero3", 2)), (Way("zero3", 2), Way("pp", 2)),
+    pytest.param(Way("pp", 4), Way("pp", 2), marks=pytest.mark.slow),
 ], ids=str)
 def test_a_run_goes_on_under_another_plan(pool: Pools, tmp_path: Any, before: Way, after: Way) -> None:
     wanted = pool(before.ranks).run(first_part, before, str(tmp_path))[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,11 +15,14 @@ import torch
 
 import autopar
 from autopar import pipelines
+from autopar.codegen.tape import Sums
 from autopar.core.schedules import Schedule
 from tests.builders import Case, gpt2, mlp, quick, resnet
 from tests.families import as_written, family
 from tests.test_exactness import FLOOR, whole
 from tests.test_matrix import DRIFT, RATE, TOLERANCE, trained
+from tests.test_scaler import SCALE, compiled, scaled_step
+from tests.test_scaler import TOLERANCE as HALF
 
 pytestmark = pytest.mark.dist
 
@@ -159,12 +164,13 @@ def alone(pool: Any, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "ranks", "options", "local"), [
-    ("gpt2", 2, {"mode": "pp", "micro_batches": 1}, False), ("gpt2", 2, {"mode": "pp", "micro_batches": 2}, True),
-    ("gpt2", 2, {"mode": "pp", "micro_batches": 4}, False), ("gpt2", 2, {"mode": "pp", "micro_batches": 8}, False),
-    ("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, False),
+    ("gpt2", 2, {"mode": "pp", "micro_batches": 2}, True), ("gpt2", 2, {"mode": "pp", "micro_batches": 4}, False),
+    pytest.param("gpt2", 2, {"mode": "pp", "micro_batches": 1}, False, marks=pytest.mark.slow),
+    pytest.param("gpt2", 2, {"mode": "pp", "micro_batches": 8}, False, marks=pytest.mark.slow),
+    pytest.param("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, False, marks=pytest.mark.slow),
     ("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, True),
     ("gpt2", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 4}, False),
-    ("bert", 2, {"mode": "pp", "micro_batches": 2}, False),
+    pytest.param("bert", 2, {"mode": "pp", "micro_batches": 2}, False, marks=pytest.mark.slow),
     ("bert", 4, {"mode": "pp+sequence", "pp": 2, "micro_batches": 2}, False),
 ], ids=str)
 def test_micro_batches_draw_dropout_as_one_rank_does(pool: Any, name: str, ranks: int, options: dict[str, Any],
@@ -184,6 +190,8 @@ def beside_training(rank: int, world_size: int, options: dict[str, Any]) -> dict
         found["no_grad"] = abs(float(case.call(model)) - float(case.call(plain)))
     found["eval"] = abs(float(case.call(model.eval())) - float(case.call(plain.eval())))
     model.train(), plain.train()
+    fewer: Any = {name: x[:5] for name, x in case.inputs.items()}  # of 8, filled up with samples that count for nothing
+    found["fewer"] = abs(float(case.call(model, fewer).detach()) - float(case.call(plain, fewer).detach()))
     for each in (model, plain):
         (3.0 * case.call(each)).backward()
         case.call(each).backward()
@@ -247,3 +255,50 @@ def test_checkpoints_move_between_pipelines_and_other_plans(pool: Any, tmp_path:
                                                             other: dict[str, Any]) -> None:
     for found in pool(2).run(resumed, str(tmp_path), options, other):
         assert max(map(abs, found)) <= TOLERANCE
+
+
+def scaled(rank: int, world_size: int) -> tuple[list[float], list[tuple[float, bool]]]:
+    """Losses of some steps with a GradScaler; then the scale, and whether parameters moved, of a step with an infinity
+    in a gradient that the last stage makes, and of one without."""
+    case = gpt2(layers=4)
+    model, optimizer, scaler = compiled(case, world_size, "pp", None, micro_batches=4)
+
+    def step() -> tuple[float, float, bool]:
+        return scaled_step(case.call(model), model, optimizer, scaler)
+
+    def spoilt(sums: Sums, finish: Callable[[Sums], dict[str, torch.Tensor]] = Sums.finish) -> dict[str, torch.Tensor]:
+        return {name: grad + torch.inf for name, grad in finish(sums).items()}
+
+    losses = [step()[0] for _ in range(4)]
+    with mock.patch.object(Sums, "finish", spoilt) if rank == world_size - 1 else nullcontext():
+        during = step()[1:]
+    return losses, [during, step()[1:]]
+
+
+def test_an_infinity_in_one_stage_skips_the_step_on_all(pool: Any) -> None:
+    case = gpt2(layers=4)
+    optimizer, scaler = torch.optim.AdamW(case.model.parameters(), lr=3e-3), torch.amp.GradScaler("cpu",
+                                                                                                 init_scale=SCALE)
+    wanted = [scaled_step(case.call(case.model), case.model, optimizer, scaler)[0] for _ in range(4)]
+    for losses, (spoilt, after) in pool(2).run(scaled):
+        assert losses == pytest.approx(wanted, abs=HALF)
+        assert (spoilt, after) == ((SCALE / 2, False), (SCALE / 2, True))
+
+
+def begun_empty(rank: int, world_size: int, options: dict[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
+    """The state of a model that began without memory, and its first loss."""
+    with autopar.empty():
+        case = gpt2(layers=4)
+    torch.manual_seed(3)
+    model: Any = autopar.compile(case.model, quick(world_size), inputs=case.inputs, precision="fp32", init="model",
+                                 solver="highs", **options)
+    assert all(p.is_meta for p in case.model.parameters())
+    return model.full_state_dict(), float(case.call(model).detach())
+
+
+def test_stages_begin_empty_as_one_rank_does(pool: Any) -> None:
+    wanted, loss = pool(1).run(begun_empty, {"mode": "ddp"})[0]
+    (found, first), (none, second) = pool(2).run(begun_empty, {"mode": "pp", "micro_batches": 2})
+    assert not none and found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert (first, second) == pytest.approx((loss, loss), abs=TOLERANCE)

@@ -25,9 +25,9 @@ TOLERANCE = 2e-3
 Training = tuple[Any, AdamW, torch.amp.GradScaler]
 
 
-def compiled(case: Case, ranks: int, mode: str, mesh: tuple[int, ...] | None) -> Training:
+def compiled(case: Case, ranks: int, mode: str, mesh: tuple[int, ...] | None, **options: Any) -> Training:
     model: Any = autopar.compile(case.model, quick(ranks), inputs=case.inputs, loss_fn=case.loss_fn, mode=mode,
-                                 mesh=mesh, precision="fp16-mixed")
+                                 mesh=mesh, precision="fp16-mixed", **options)
     return model, AdamW(model.parameters(), lr=3e-3), torch.amp.GradScaler("cpu", init_scale=SCALE)
 
 

@@ -63,6 +63,15 @@ def test_a_rank_that_is_lost_between_stages_ends_all(size: int, how: str) -> Non
         assert f"rank {size - 1} of {size} is gone" in text or f"RankLost: rank {size - 1}" in text, text
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size", "how"), [(2, "kill"), (4, "kill"), (2, "caught")])
+def test_a_rank_that_is_lost_between_stages_ends_all_under_nccl(size: int, how: str) -> None:
+    need(size)
+    codes, said, seconds = run(size, how, "pp", tuple(range(size)), "nccl")
+    assert 0 not in codes and codes[-1] == (-9 if how == "kill" else 1) and seconds < MOST_SECONDS, said
+    assert all(f"rank {size - 1} of {size} is gone" in text for text in said[:-1]), said
+
+
 @pytest.mark.parametrize("started", [(0, 1), pytest.param((-1,), marks=pytest.mark.slow)], ids=["launched", "spawned"])
 def test_ranks_that_end_apart_without_an_error_are_left_alone(started: tuple[int, ...]) -> None:
     codes, said, _ = run(2, "nothing", "ddp", started)
