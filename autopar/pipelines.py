@@ -16,6 +16,7 @@ from autopar.codegen.entries import Assembly, Costed, assembly_of
 from autopar.codegen.executable import Executable, offline
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.lower import Target
+from autopar.core.assembly import Assembled, Priced, Taken, price
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
@@ -30,7 +31,7 @@ from autopar.passes.segments import annotate
 from autopar.passes.staged import as_staged
 from autopar.planned import Bytes, Pipelining, PlannedStage, Seconds
 from autopar.solver import mapping
-from autopar.solver.assembly import Assembled, Priced, Taken, assemble, price
+from autopar.solver.assembly import assemble
 from autopar.solver.grid import Send
 from autopar.solver.optimise import Begun, begin, finish
 

@@ -11,6 +11,7 @@ from torch import fx
 from autopar.codegen.executable import Call, Executable
 from autopar.codegen.reprice import Memory, Tally, tally_calls
 from autopar.codegen.stages import ports_behind
+from autopar.core.assembly import Entry, Instance, Place, Run, Tie, waits
 from autopar.core.collectives import stage_link
 from autopar.core.schedules import Pipe, Schedule, in_flight
 from autopar.core.sharding import Sums
@@ -20,7 +21,6 @@ from autopar.passes.layout import itemsize, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.problem import Setting
 from autopar.passes.strategies import Storage
-from autopar.solver.assembly import Entry, Instance, Place, Run, Tie, waits
 
 
 @dataclass(frozen=True, slots=True)
