@@ -12,13 +12,13 @@ from typing import cast
 
 import torch
 
-from autopar.codegen.entries import Assembly, Costed, assembly_of
+from autopar.codegen.entries import Assembly, Costed, Menus, assembly_of, menus_of
 from autopar.codegen.executable import Executable, offline
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.lower import Target
 from autopar.core.assembly import Assembled, Priced, Taken, price
 from autopar.core.cluster import Cluster
-from autopar.core.errors import AutoparError
+from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
 from autopar.core.schedules import Pipe, Schedule, Timing, played
 from autopar.passes.choices import op_choices
@@ -28,7 +28,7 @@ from autopar.passes.modes import mode_called
 from autopar.passes.outline import outline
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
-from autopar.passes.staged import as_staged
+from autopar.passes.staged import as_staged, without_results
 from autopar.planned import Bytes, Pipelining, PlannedStage, Seconds
 from autopar.solver import mapping
 from autopar.solver.assembly import assemble
@@ -103,36 +103,108 @@ def lowered(decision: Decision, setting: Setting) -> Executable:
     return lower_all(Target(decision, offline(Mesh(setting.mesh.shape)), setting.price, torch.device("meta")))
 
 
-def begun(contexts: MicroContexts, setting: Setting, solver: str, limit_s: float) -> tuple[Problem, Begun]:
-    """The sharding problem of a shape, bounded. Raises AutoparError where it has no solution."""
+def begun(contexts: MicroContexts, setting: Setting, solver: str, limit_s: float) -> tuple[Problem, tuple[Begun, ...]]:
+    """The sharding problem of a shape, bounded; where the budget counts, without what results take of it too, as they
+    may be made again. The last has the least bound. Raises AutoparError where it has no solution."""
     ctx, _ = contexts.of(setting.micro_batches)
     if setting.mesh.size == 1:
         setting = replace(setting, mode=mode_called("pp"))  # on one device there is nothing to decide
     check_batch(ctx, setting)
     problem = build(ctx, setting)
-    return problem, begin(as_staged(problem), solver=solver, limit_s=limit_s)
+    staged, found, refusal = as_staged(problem), list[Begun](), None
+    try:
+        found.append(begin(staged, solver=solver, limit_s=limit_s))
+    except Infeasible as error:
+        refusal = error
+    if trains(ctx) and (refusal or found[0].bound.prices.byte.any()):
+        found.append(begin(without_results(staged), solver=solver, limit_s=limit_s))
+    if refusal and not found:
+        raise refusal
+    return problem, tuple(found)
 
 
-def assembled(problem: Problem, found: Begun, solver: str, limit_s: float) -> Found:
-    """The best stages of the best decision of a shape. Raises Infeasible."""
-    setting = problem.setting
-    shape = Shape(setting.stages, setting.micro_batches, setting.mesh.shape)
-    solution = finish(found, math.inf, solver, limit_s)
-    assert solution is not None
-    decision = problem.decide(solution.choices)
-    executable = lowered(decision, setting)
+def trains(ctx: Context) -> bool:
+    """Whether there is a backward, for which results may be made again."""
+    return ctx.segmented.factored.program.training
+
+
+def assembled(problem: Problem, every: tuple[Begun, ...], solver: str, limit_s: float) -> Found:
+    """The best stages of the best decisions of a shape. Raises Infeasible."""
     ways: list[Found] = []
     refusals: list[AutoparError] = []
+    for each in every:
+        solution = finish(each, math.inf, solver, limit_s)
+        assert solution is not None
+        decision = problem.decide(solution.choices)
+        for way in (_plainly, _recomputing):
+            try:
+                ways += way(problem, decision, every[-1].bound.seconds, solver, limit_s)
+            except AutoparError as refusal:
+                refusals.append(refusal)
+    if not ways:
+        raise refusals[0]
+    return min(ways, key=lambda way: way.seconds)
+
+
+def _plainly(problem: Problem, decision: Decision, bound: float, solver: str, limit_s: float) -> list[Found]:
+    """The best stages by each schedule where results are kept. Raises AutoparError where none has any."""
+    setting, ways, refusals = problem.setting, list[Found](), list[AutoparError]()
+    executable = lowered(decision, setting)
     for schedule in _schedules(executable, setting):
         assembly = assembly_of(executable, setting, schedule)
         try:
             best = assemble(assembly.instance, solver, limit_s)
-            ways.append(Found(shape, problem, decision, assembly, best, executable, found.bound.seconds, schedule))
+            ways.append(Found(_shape(setting), problem, decision, assembly, best, executable, bound, schedule))
         except AutoparError as refusal:
             refusals.append(refusal)
     if not ways:
         raise refusals[0]
-    return min(ways, key=lambda way: way.seconds)
+    return ways
+
+
+def _recomputing(problem: Problem, decision: Decision, bound: float, solver: str, limit_s: float) -> list[Found]:
+    """The best stages by 1F1B of which some keep less than all, none where all fits. Raises AutoparError."""
+    setting = problem.setting
+    if not trains(decision.context) or _roomy(decision, setting, solver):
+        return []
+    names = [segment.name for segment in decision.context.segmented.segments]
+    marked = lowered(replace(decision, kept=dict.fromkeys(names, ())), setting)
+    menus = menus_of(marked, setting, solver)
+    joint = assembly_of(marked, setting, "1f1b", menus)
+    best = assemble(joint.instance, solver, limit_s)
+    kept = _kept(best.taken, menus, [call.segment.name for call in marked.calls])
+    executable = replace(marked, target=replace(marked.target, decision=replace(decision, kept=kept)))
+    assembly = assembly_of(executable, setting, "1f1b")
+    taken = taken_of(assembly, [sum(map(sum, stage)) for stage in best.taken])
+    priced = price(assembly.instance, taken)
+    assert math.isclose(priced.seconds, best.priced.seconds, rel_tol=NO_BETTER), \
+        f"stages of menus take {best.priced.seconds} s, decided {priced.seconds} s"
+    return [Found(_shape(setting), problem, executable.decision, assembly, Assembled(taken, priced, best.bound),
+                  executable, bound, "1f1b")]
+
+
+def _roomy(decision: Decision, setting: Setting, solver: str) -> bool:
+    """Whether the stages that are best without any budget are within it."""
+    instance = assembly_of(lowered(decision, setting), setting, "1f1b").instance
+    free = replace(instance, places=tuple(replace(place, budget=math.inf) for place in instance.places))
+    held = assemble(free, solver).priced.held
+    return all(nbytes <= place.budget for nbytes, place in zip(held, instance.places, strict=True))
+
+
+def _kept(taken: Taken, menus: Menus, names: list[str]) -> dict[str, tuple[str, ...]]:
+    """What each segment keeps, those of a run in a stage that keep less first."""
+    found, at = dict[str, tuple[str, ...]](), 0
+    for run in (run for stage in taken for run in stage):
+        entries = [e for e, n in enumerate(run) for _ in range(n)]
+        entries.sort(key=lambda e: menus[at][e].nbytes)
+        for e in entries:
+            found[names[at]] = menus[at][e].names
+            at += 1
+    return found
+
+
+def _shape(setting: Setting) -> Shape:
+    return Shape(setting.stages, setting.micro_batches, setting.mesh.shape)
 
 
 def _schedules(executable: Executable, setting: Setting) -> list[Schedule]:
@@ -208,7 +280,8 @@ def seconds_of(assembly: Assembly, taken: Taken, schedule: Schedule) -> Seconds:
     on = [[call for call, _ in _calls_on(assembly, taken, device)] for device in range(instance.devices)]
     slow, micro_batches, total = instance.places[slowest].slow, instance.micro_batches, step_seconds(assembly, taken,
                                                                                                       schedule)
-    compute = micro_batches * slow * sum(c.tally.forward.sums.work + c.tally.backward.sums.work for c in on[slowest])
+    compute = micro_batches * slow * sum(c.tally.forward.sums.work + c.tally.backward.sums.work + c.again
+                                          for c in on[slowest])
     inline = micro_batches * slow * sum(c.tally.forward.inline + c.tally.backward.inline for c in on[slowest])
     last = max(range(instance.devices), key=lambda device: sum(c.entry.step for c in on[device]))
     optimizer = sum(c.optimizer for c in on[last])
@@ -283,9 +356,9 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
         try:
             setting = staged_setting(asked.setting, shape, layout)
             problem, bounded = begun(contexts, setting, asked.solver, asked.limit_s)
-            least = min(least, bounded.bound.seconds)
-            if bounded.bound.seconds >= most:
-                asked.report(f"{shape}: at least {1e3 * bounded.bound.seconds:.3f} ms a step")
+            least = min(least, bounded[-1].bound.seconds)
+            if bounded[-1].bound.seconds >= most:
+                asked.report(f"{shape}: at least {1e3 * bounded[-1].bound.seconds:.3f} ms a step")
                 continue
             found = assembled(problem, bounded, asked.solver, asked.limit_s)
         except AutoparError as refusal:

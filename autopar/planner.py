@@ -261,7 +261,8 @@ def pipelined_plan(found: pipelines.Found, least: float, ctx: Context, request: 
         pipelines.bytes_of(found.assembly, assembled.taken), planned_ops(found.decision),
         planned_parameters(found.decision), attention_told(program), fallback_ops(ctx),
         len(found.problem.instance.nodes), edge_count(found.problem.instance), spent, workload_of(ctx),
-        peak_flops_per_s(setting.cluster, program.precision), pipelining=pipelines.pipelining_of(found))
+        peak_flops_per_s(setting.cluster, program.precision), pipelining=pipelines.pipelining_of(found),
+        checkpoints=planned_checkpoints(found.executable, setting))
 
 
 def _of_one_stage(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[Plan, Problem]:

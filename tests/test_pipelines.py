@@ -68,6 +68,7 @@ WAYS = [
     Way("bert", 4, {"mode": "pp+sequence", "pp": 2, "micro_batches": 2}),
     Way("vit", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 2}),
     Way("mlp", 2, {"mode": "pp", "pp": 2, "micro_batches": 8}),
+    Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 4, "memory_budget": 712e3}),  # recomputes
 ]
 
 
