@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from autopar.codegen.entries import Assembly, Costed, Menus, assembly_of, menus_
 from autopar.codegen.executable import Executable, offline
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.lower import Target
-from autopar.core.assembly import Assembled, Priced, Taken, price
+from autopar.core.assembly import Assembled, Instance, Priced, Taken, price
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
@@ -35,8 +36,9 @@ from autopar.solver.assembly import assemble
 from autopar.solver.grid import Send
 from autopar.solver.optimise import Begun, begin, finish
 
-NO_BETTER = 1e-6
-"""The relative gain below which another layout is not worth solving for."""
+AGREEMENT = 1e-6
+WORTH = 1e-3
+"""The part of a step below which another layout is not worth solving for."""
 MOST_FLIGHTS = 8
 """Micro-batches for each stage, beyond which the pipeline's filling and draining are small already."""
 
@@ -68,7 +70,7 @@ class MicroContexts:
         return self.made[parts]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Found:
     """A decision for a shape, its stages and their price."""
 
@@ -81,7 +83,7 @@ class Found:
     bound: float
     schedule: Schedule
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """Seconds a step."""
         return step_seconds(self.assembly, self.assembled.taken, self.schedule)
@@ -132,10 +134,9 @@ def assembled(problem: Problem, every: tuple[Begun, ...], solver: str, limit_s: 
     """The best stages of the best decisions of a shape. Raises Infeasible."""
     ways: list[Found] = []
     refusals: list[AutoparError] = []
-    for each in every:
-        solution = finish(each, math.inf, solver, limit_s)
-        assert solution is not None
-        decision = problem.decide(solution.choices)
+    solutions = [finish(each, math.inf, solver, limit_s) for each in every]
+    for choices in dict.fromkeys(solution.choices for solution in solutions if solution):
+        decision = problem.decide(choices)
         for way in (_plainly, _recomputing):
             try:
                 ways += way(problem, decision, every[-1].bound.seconds, solver, limit_s)
@@ -165,7 +166,8 @@ def _plainly(problem: Problem, decision: Decision, bound: float, solver: str, li
 def _recomputing(problem: Problem, decision: Decision, bound: float, solver: str, limit_s: float) -> list[Found]:
     """The best stages by 1F1B of which some keep less than all, none where all fits. Raises AutoparError."""
     setting = problem.setting
-    if not trains(decision.context) or _roomy(decision, setting, solver):
+    plain = assembly_of(lowered(decision, setting), setting, "1f1b").instance
+    if not trains(decision.context) or _fits(plain, _roomy(plain, solver)):
         return []
     names = [segment.name for segment in decision.context.segmented.segments]
     marked = lowered(replace(decision, kept=dict.fromkeys(names, ())), setting)
@@ -177,18 +179,20 @@ def _recomputing(problem: Problem, decision: Decision, bound: float, solver: str
     assembly = assembly_of(executable, setting, "1f1b")
     taken = taken_of(assembly, [sum(map(sum, stage)) for stage in best.taken])
     priced = price(assembly.instance, taken)
-    assert math.isclose(priced.seconds, best.priced.seconds, rel_tol=NO_BETTER), \
+    assert math.isclose(priced.seconds, best.priced.seconds, rel_tol=AGREEMENT), \
         f"stages of menus take {best.priced.seconds} s, decided {priced.seconds} s"
     return [Found(_shape(setting), problem, executable.decision, assembly, Assembled(taken, priced, best.bound),
                   executable, bound, "1f1b")]
 
 
-def _roomy(decision: Decision, setting: Setting, solver: str) -> bool:
-    """Whether the stages that are best without any budget are within it."""
-    instance = assembly_of(lowered(decision, setting), setting, "1f1b").instance
+def _roomy(instance: Instance, solver: str) -> Priced:
+    """The best stages without any budget."""
     free = replace(instance, places=tuple(replace(place, budget=math.inf) for place in instance.places))
-    held = assemble(free, solver).priced.held
-    return all(nbytes <= place.budget for nbytes, place in zip(held, instance.places, strict=True))
+    return assemble(free, solver).priced
+
+
+def _fits(instance: Instance, priced: Priced) -> bool:
+    return all(nbytes <= place.budget for nbytes, place in zip(priced.held, instance.places, strict=True))
 
 
 def _kept(taken: Taken, menus: Menus, names: list[str]) -> dict[str, tuple[str, ...]]:
@@ -210,7 +214,11 @@ def _shape(setting: Setting) -> Shape:
 def _schedules(executable: Executable, setting: Setting) -> list[Schedule]:
     """Those that may be the best: a last stage with the first pays where they share parameters."""
     tied = assembly_of(executable, setting, "1f1b").instance.ties
-    return ["1f1b", "looped"] if tied and setting.micro_batches > 1 else ["1f1b"]
+    return ["1f1b", "looped"] if tied and setting.micro_batches > 1 and setting.stages <= MOST_LOOPED else ["1f1b"]
+
+
+MOST_LOOPED = 16
+"""Stages beyond which a last one with the first is not looked for: the model of it takes long."""
 
 
 def pipelining_of(found: Found) -> Pipelining:
@@ -309,8 +317,9 @@ def shapes_to_try(cluster: Cluster, batch: int, segments: int, meshes: dict[int,
         stages = cluster.size // size
         if stages > segments:
             continue
-        parts = [pinned] if pinned else [m for m in (2 ** i for i in range(20)) if batch % m == 0 and (
-            m == 1 or stages / 2 <= m <= MOST_FLIGHTS * stages)]
+        powers = {2 ** i for i in range(20)}
+        parts = [pinned] if pinned else [m for m in sorted(powers | {batch // n for n in powers if batch % n == 0})
+                                         if batch % m == 0 and (m == 1 or stages / 2 <= m <= MOST_FLIGHTS * stages)]
         found += [Shape(stages, m, shape) for shape in shapes for m in parts]
     return found
 
@@ -337,37 +346,103 @@ def least_work(ctx: Context, setting: Setting) -> float:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A shape's problem, bounded, and the seconds of its stages were there room for all."""
+
+    shape: Shape
+    problem: Problem
+    every: tuple[Begun, ...]
+    roomy_s: float
+
+    @property
+    def bound(self) -> float:
+        """Seconds that the shape takes at least."""
+        return self.every[-1].bound.seconds
+
+
+@dataclass(eq=False)
+class _Search:
+    """Shapes and what was found of them; `least` is a bound of all."""
+
+    contexts: MicroContexts
+    asked: Asked
+    layout: tuple[int, ...]
+    bounds: dict[Shape, float]
+    beat: float
+    best: Found | None = None
+    least: float = math.inf
+    refusals: list[AutoparError] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.end = time.perf_counter() + self.asked.limit_s
+
+    @property
+    def most(self) -> float:
+        """Seconds that a shape has to take less than."""
+        return min(self.beat, self.best.seconds if self.best else math.inf)
+
+    @property
+    def over(self) -> bool:
+        """Whether what there is has to do."""
+        return self.best is not None and time.perf_counter() > self.end
+
+    def run(self, parts: int) -> None:
+        """All shapes of so many micro-batches, those first that may be the best."""
+        looks = [look for shape, bound in self.bounds.items() if shape.micro_batches == parts
+                 for look in self._looked(shape, bound)]
+        for look in sorted(looks, key=lambda look: look.roomy_s):
+            self.least = min(self.least, look.bound)
+            if look.bound >= self.most:
+                self.asked.report(f"{look.shape}: at least {1e3 * look.bound:.3f} ms a step")
+            elif not self.over:
+                self._take(look)
+
+    def _looked(self, shape: Shape, bound: float) -> list[Look]:
+        """The shape's problem, unless it is known to be no better, or to have no solution."""
+        if bound >= self.most or self.over:
+            self.least = min(self.least, bound)
+            return []
+        try:
+            setting = staged_setting(self.asked.setting, shape, self.layout)
+            problem, every = begun(self.contexts, setting, self.asked.solver, self.asked.limit_s)
+            return [Look(shape, problem, every, _roomy_seconds(problem, every[-1], self.asked))]
+        except AutoparError as refusal:
+            self.refusals.append(refusal)
+            return []
+
+    def _take(self, look: Look) -> None:
+        try:
+            found = assembled(look.problem, look.every, self.asked.solver, self.asked.limit_s)
+        except AutoparError as refusal:
+            self.refusals.append(refusal)
+            return
+        self.asked.report(f"{look.shape}: {1e3 * found.seconds:.3f} ms a step")
+        self.best = found if found.seconds < self.most else self.best
+
+
+def _roomy_seconds(problem: Problem, begun: Begun, asked: Asked) -> float:
+    """Seconds of the stages of a shape's best decision with room for all of it."""
+    solution = finish(begun, math.inf, asked.solver, asked.limit_s)
+    assert solution is not None
+    instance = assembly_of(lowered(problem.decide(solution.choices), problem.setting), problem.setting, "1f1b").instance
+    return _roomy(instance, asked.solver).seconds
+
+
 def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked: Asked,
            beat: float) -> tuple[Found | None, float, list[AutoparError]]:
     """The best of the shapes that takes fewer seconds than `beat`, a lower bound of all, and refusals.
 
-    Shapes are looked at from the least work a device on, on devices host by host; what can't beat the best so far is
-    passed over. The best is placed anew on the devices in the end, unless a layout is given.
+    Shapes are looked at by their micro-batches, the most first, on devices host by host; what can't beat the best so
+    far is passed over. The best is placed anew on the devices in the end, unless a layout is given.
     """
-    work, layout = least_work(contexts.whole, asked.setting) / cluster.size, asked.layout or by_host(cluster)
+    work = least_work(contexts.whole, asked.setting) / cluster.size
     bounds = {shape: work * (1.0 + (shape.stages - 1) / shape.micro_batches) for shape in shapes}
-    best, least, refusals = None, math.inf, list[AutoparError]()
-    end = time.perf_counter() + asked.limit_s
-    for shape in sorted(shapes, key=bounds.__getitem__):
-        most = min(beat, best.seconds if best else math.inf)
-        if bounds[shape] >= most or (best and time.perf_counter() > end):
-            least = min(least, bounds[shape])
-            break
-        try:
-            setting = staged_setting(asked.setting, shape, layout)
-            problem, bounded = begun(contexts, setting, asked.solver, asked.limit_s)
-            least = min(least, bounded[-1].bound.seconds)
-            if bounded[-1].bound.seconds >= most:
-                asked.report(f"{shape}: at least {1e3 * bounded[-1].bound.seconds:.3f} ms a step")
-                continue
-            found = assembled(problem, bounded, asked.solver, asked.limit_s)
-        except AutoparError as refusal:
-            refusals.append(refusal)
-            continue
-        asked.report(f"{shape}: {1e3 * found.seconds:.3f} ms a step")
-        best = found if found.seconds < most else best
-    best = _restricted(best, contexts, asked) if best else None
-    return best if best is None or asked.layout else remapped(best, contexts, asked), least, refusals
+    found = _Search(contexts, asked, asked.layout or by_host(cluster), bounds, beat)
+    for parts in sorted({shape.micro_batches for shape in shapes}, reverse=True):
+        found.run(parts)
+    best = _restricted(found.best, contexts, asked) if found.best else None
+    return (best if best is None or asked.layout else remapped(best, contexts, asked), found.least, found.refusals)
 
 
 def _restricted(found: Found, contexts: MicroContexts, asked: Asked) -> Found:
@@ -383,7 +458,8 @@ def _restricted(found: Found, contexts: MicroContexts, asked: Asked) -> Found:
 
 
 MAPPING_LIMIT_S = 3.0
-"""Seconds for the layout of the best plan with stages."""
+"""Seconds for the layout of the best plan with stages; beyond `MANY` devices, a third of it."""
+MANY = 64
 
 
 def traffic_of(found: Found) -> mapping.Instance:
@@ -410,8 +486,8 @@ def _around(found: Found, nbytes: float) -> Send:
 def remapped(found: Found, contexts: MicroContexts, asked: Asked) -> Found:
     """The same shape on the devices that its traffic fits best, where that is better."""
     instance, setting = traffic_of(found), found.problem.setting
-    placed = mapping.place(instance, MAPPING_LIMIT_S)
-    if placed.seconds >= mapping.price(instance, setting.layout) * (1.0 - NO_BETTER):
+    placed = mapping.place(instance, MAPPING_LIMIT_S if instance.size <= MANY else MAPPING_LIMIT_S / 3)
+    if mapping.price(instance, setting.layout) - placed.seconds < WORTH * found.seconds:
         return found
     with contextlib.suppress(AutoparError):
         elsewhere = staged_setting(asked.setting, found.shape, placed.devices)

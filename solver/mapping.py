@@ -32,7 +32,7 @@ Devices = tuple[int, ...]
 STARTS = 4
 """Layouts that are improved before others are searched."""
 IMPROVING = 0.2
-"""The part of the time that this may take."""
+"""The part of the time that pricing them may take, and improving them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +149,20 @@ def place(instance: Instance, limit_s: float = 10.0) -> Placed:
                            "use a grid of as many")
     classes = classes_of(instance.network, range(instance.size))
     search = Search(_task(instance, classes), lambda devices: price(instance, devices), end)
-    for devices in sorted(set(starts(instance, classes)), key=search.price)[:STARTS]:
+    for devices in _good_starts(instance, classes, time.perf_counter() + IMPROVING * limit_s):
         search.known(_improved(instance, classes, devices, time.perf_counter() + IMPROVING * limit_s / STARTS))
     search.run()
     return Placed(search.devices, search.best, min([search.best, *search.open]))
+
+
+def _good_starts(instance: Instance, classes: Sequence[Devices], end: float) -> list[Devices]:
+    """The best layouts of those that there is time to price."""
+    found = list[tuple[float, Devices]]()
+    for devices in starts(instance, classes):
+        found.append((price(instance, devices), devices))
+        if time.perf_counter() > end:
+            break
+    return [devices for _, devices in sorted(dict.fromkeys(found))[:STARTS]]
 
 
 def _improved(instance: Instance, classes: Sequence[Devices], devices: Devices, end: float) -> Devices:
