@@ -17,6 +17,7 @@ from autopar.codegen.entries import Assembly, Costed, Menus, assembly_of, menus_
 from autopar.codegen.executable import Executable, offline
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.lower import Target
+from autopar.codegen.traffic import traffic
 from autopar.core.assembly import Assembled, Instance, Priced, Taken, price
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
@@ -89,6 +90,10 @@ class Found:
         return step_seconds(self.assembly, self.assembled.taken, self.schedule)
 
 
+NOT_YET = Assembled((), Priced(math.inf, 0.0, 0.0, 0.0, (), (), (), ()), 0.0)
+"""The stages of what is still to be assembled."""
+
+
 def staged_setting(setting: Setting, shape: Shape, layout: tuple[int, ...]) -> Setting:
     """`setting` for the stages of a shape on `layout`."""
     return replace(setting, mesh=Mesh(shape.mesh), stages=shape.stages, micro_batches=shape.micro_batches,
@@ -137,9 +142,12 @@ def assembled(problem: Problem, every: tuple[Begun, ...], solver: str, limit_s: 
     solutions = [finish(each, math.inf, solver, limit_s) for each in every]
     for choices in dict.fromkeys(solution.choices for solution in solutions if solution):
         decision = problem.decide(choices)
+        plain = lowered(decision, problem.setting)
+        first = assembly_of(plain, problem.setting, "1f1b")
         for way in (_plainly, _recomputing):
             try:
-                ways += way(problem, decision, every[-1].bound.seconds, solver, limit_s)
+                ways += way(Found(_shape(problem.setting), problem, decision, first, NOT_YET, plain,
+                                  every[-1].bound.seconds, "1f1b"), solver, limit_s)
             except AutoparError as refusal:
                 refusals.append(refusal)
     if not ways:
@@ -147,15 +155,14 @@ def assembled(problem: Problem, every: tuple[Begun, ...], solver: str, limit_s: 
     return min(ways, key=lambda way: way.seconds)
 
 
-def _plainly(problem: Problem, decision: Decision, bound: float, solver: str, limit_s: float) -> list[Found]:
+def _plainly(first: Found, solver: str, limit_s: float) -> list[Found]:
     """The best stages by each schedule where results are kept. Raises AutoparError where none has any."""
-    setting, ways, refusals = problem.setting, list[Found](), list[AutoparError]()
-    executable = lowered(decision, setting)
-    for schedule in _schedules(executable, setting):
-        assembly = assembly_of(executable, setting, schedule)
+    setting, ways, refusals = first.problem.setting, list[Found](), list[AutoparError]()
+    for schedule in _schedules(first):
+        assembly = first.assembly if schedule == "1f1b" else assembly_of(first.executable, setting, schedule)
         try:
             best = assemble(assembly.instance, solver, limit_s)
-            ways.append(Found(_shape(setting), problem, decision, assembly, best, executable, bound, schedule))
+            ways.append(replace(first, assembly=assembly, assembled=best, schedule=schedule))
         except AutoparError as refusal:
             refusals.append(refusal)
     if not ways:
@@ -163,10 +170,9 @@ def _plainly(problem: Problem, decision: Decision, bound: float, solver: str, li
     return ways
 
 
-def _recomputing(problem: Problem, decision: Decision, bound: float, solver: str, limit_s: float) -> list[Found]:
+def _recomputing(first: Found, solver: str, limit_s: float) -> list[Found]:
     """The best stages by 1F1B of which some keep less than all, none where all fits. Raises AutoparError."""
-    setting = problem.setting
-    plain = assembly_of(lowered(decision, setting), setting, "1f1b").instance
+    setting, decision, plain = first.problem.setting, first.decision, first.assembly.instance
     if not trains(decision.context) or _fits(plain, _roomy(plain, solver)):
         return []
     names = [segment.name for segment in decision.context.segmented.segments]
@@ -181,8 +187,8 @@ def _recomputing(problem: Problem, decision: Decision, bound: float, solver: str
     priced = price(assembly.instance, taken)
     assert math.isclose(priced.seconds, best.priced.seconds, rel_tol=AGREEMENT), \
         f"stages of menus take {best.priced.seconds} s, decided {priced.seconds} s"
-    return [Found(_shape(setting), problem, executable.decision, assembly, Assembled(taken, priced, best.bound),
-                  executable, bound, "1f1b")]
+    return [replace(first, decision=executable.decision, assembly=assembly, executable=executable,
+                    assembled=Assembled(taken, priced, best.bound))]
 
 
 def _roomy(instance: Instance, solver: str) -> Priced:
@@ -211,9 +217,9 @@ def _shape(setting: Setting) -> Shape:
     return Shape(setting.stages, setting.micro_batches, setting.mesh.shape)
 
 
-def _schedules(executable: Executable, setting: Setting) -> list[Schedule]:
+def _schedules(first: Found) -> list[Schedule]:
     """Those that may be the best: a last stage with the first pays where they share parameters."""
-    tied = assembly_of(executable, setting, "1f1b").instance.ties
+    setting, tied = first.problem.setting, first.assembly.instance.ties
     return ["1f1b", "looped"] if tied and setting.micro_batches > 1 and setting.stages <= MOST_LOOPED else ["1f1b"]
 
 
@@ -464,13 +470,16 @@ MANY = 64
 
 def traffic_of(found: Found) -> mapping.Instance:
     """What a plan sends, for its layout: activations over each cut forth and back, in each period what shows of the
-    slowest, and once a step the sum of a stage's gradients, and of those that the first and the last stage share."""
+    slowest; what the busiest stage sends inside; and gradients of what the first and the last stage share."""
     setting, instance = found.problem.setting, found.assembly.instance
     nbytes = max((run.inside for run in instance.runs), default=0.0) or max(run.after for run in instance.runs)
-    gradients = max(sum(call.memory.gradients for call, _ in _calls_on(found.assembly, found.assembled.taken, device))
-                    for device in range(instance.devices))
-    inner = tuple(axis + 1 for axis, size in enumerate(setting.mesh.shape) if size > 1)
-    sums = (mapping.Collective("all_reduce", inner, gradients, 1.0),) if inner else ()
+    bounds = list(itertools.accumulate((sum(map(sum, stage)) for stage in found.assembled.taken), initial=0))
+    inside = [traffic(found.executable, [(i, found.assembly.calls[i].memory) for i in range(a, b)],
+                      instance.micro_batches) for a, b in itertools.pairwise(bounds)]
+    busiest = max(inside, key=lambda sent: sum(setting.price(primitive, axes, each) * times
+                                               for primitive, axes, each, times in sent))
+    sums = tuple(mapping.Collective(primitive, tuple(axis + 1 for axis in axes), each, times)
+                 for primitive, axes, each, times in busiest if setting.mesh.extent(axes) > 1)
     return mapping.Instance(setting.cluster, (setting.stages, *setting.mesh.shape),
                             Send(nbytes, 2.0, instance.micro_batches - 1.0), sums, _around(found, nbytes))
 

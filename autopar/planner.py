@@ -49,6 +49,8 @@ SIMPLER = ("pp+zero",)
 """Modes with stages that `auto` looks at first: they are small, and where time runs out their plans are good ones."""
 SOLVE_LIMIT_S = 30.0
 """Seconds for one mesh shape; what is found by then is taken, with its proven gap."""
+STAGES_LIMIT_S = 12.0
+"""Seconds after which, where there is a plan with stages, no more of them are looked for."""
 UNLIMITED = 2.0**100
 """Bytes that nothing exceeds."""
 Report = Callable[[str], None]
@@ -245,7 +247,7 @@ def _searched(contexts: pipelines.MicroContexts, cluster: Cluster, request: Requ
     size, shape = next(iter(meshes.items()))
     setting = request.setting(cluster, shape[0], stages=cluster.size // size)
     return pipelines.search(contexts, cluster, shapes,
-                            pipelines.Asked(setting, request.solver, SOLVE_LIMIT_S, report,
+                            pipelines.Asked(setting, request.solver, STAGES_LIMIT_S, report,
                                             request.layout.devices(cluster.size) if request.layout else ()), beat)
 
 
