@@ -7,6 +7,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt
 
+# Tests go to so many processes, which start up to eight ranks each: more than two want cores and memory to match.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint clean
 
@@ -18,12 +22,14 @@ demo: $(STAMP)  ## Plan GPT-2 for eight A100s, then train it for a minute on fou
 	$(BIN)/autopar-solve --model gpt2 --cluster 8xA100-80GB --batch 64 --seq 1024
 	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/train_gpt2.py --minutes 1
 
+test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)  ## Run the tests, the slow ones left out; kernels by Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/kernels
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
+test-all: export OMP_NUM_THREADS ?= 1
 test-all: $(STAMP)  ## Run every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(STAMP)  ## Run ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from autopar.deferred import DeferredModule
 from autopar.hush import hushed
 from autopar.material import Material, read_material
 from autopar.passes.blame import check_call
-from autopar.passes.capture import COMPUTE_DTYPE, Head, Precision, Returns, Stored, capture
+from autopar.passes.capture import COMPUTE_DTYPE, BatchNorm, Head, Precision, Returns, Stored, capture
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.decision import Context
 from autopar.passes.lookups import checked
@@ -58,7 +58,8 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
          optimizer: str = "adamw", precision: Precision = "bf16-mixed", solver: str = "cbc",
          returns: Returns = "loss", pins: Mapping[str, str] | None = None, keep_shapes: bool = False,
          head: Head = "auto", pp: int | None = None, dp: int | None = None, tp: int | None = None,
-         micro_batches: int | None = None, ppranks: Ranks | None = None, dpranks: Ranks | None = None) -> Plan:
+         micro_batches: int | None = None, batch_norm: BatchNorm = "whole", ppranks: Ranks | None = None,
+         dpranks: Ranks | None = None) -> Plan:
     """The best plan for training `model` on `cluster`, without running anything.
 
     `cluster` is a Cluster, the text of a preset or the path of a file; None is what this machine has. `inputs` are a
@@ -67,14 +68,17 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     `{"h_0_attn_c_attn": "S0R = S0R X RR"}`. `returns="all"` plans for outputs besides the loss. `keep_shapes` lets
     parameters rest in the model's own shapes, which optimizers need that look at rows and columns. `head` tells whether
     a linear layer and its cross entropy go in chunks of rows, so that there are never all logits: "auto" where that is
-    predicted to be quicker, "chunked" wherever it can be, "plain" nowhere. `pp` fixes the
-    number of a pipeline's stages, `micro_batches` that of a step, `dp` and `tp` the axes of a stage's mesh that cut
-    batch and parameters. `ppranks` are the ranks of each pipeline, stage by stage, `dpranks` those that hold the same
-    stage: a layout by hand, which a mesh takes row by row. A plan made before is read again. Raises AutoparError.
+    predicted to be quicker, "chunked" wherever it can be, "plain" nowhere. `pp` fixes the number of a pipeline's
+    stages, `micro_batches` that of a step, `dp` and `tp` the axes of a stage's mesh that cut batch and parameters.
+    `batch_norm="micro-batch"` takes statistics of each micro-batch, without which a model with batch norm has but one:
+    it then trains as one process does that adds up gradients. `ppranks` are the ranks of each pipeline, stage by stage,
+    `dpranks` those that hold the same stage: a layout by hand, which a mesh takes row by row. A plan made before is
+    read again. Raises AutoparError.
     """
     check_plain(model, loss_fn)
     one_of("returns", returns, get_args(Returns))
     one_of("head", head, get_args(Head))
+    one_of("batch_norm", batch_norm, get_args(BatchNorm))
     request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
                        solver=solver, pins=pins, counts=(pp, dp, tp, micro_batches), ranks=(ppranks, dpranks))
     if returns == "all" and not with_stages(request):
@@ -85,7 +89,7 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     def annotated(given: Call) -> Context:
         with hushed():
             program = replace(capture(model, given, precision, loss_fn, returns),
-                              stored=STORED[bool(keep_shapes)], head=head)
+                              stored=STORED[bool(keep_shapes)], head=head, batch_norm=batch_norm)
         return checked(prepare(program, place))
 
     return solve_best(candidates(call, place, annotated), place, request)
@@ -99,7 +103,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
             init: str | os.PathLike[str] | None = None, keep_shapes: bool = False,
             exact_dropout: bool | None = None, head: Head = "auto", costs: Costs = "roofline", pp: int | None = None,
             dp: int | None = None, tp: int | None = None, micro_batches: int | None = None,
-            ppranks: Ranks | None = None, dpranks: Ranks | None = None) -> nn.Module:
+            batch_norm: BatchNorm = "whole", ppranks: Ranks | None = None,
+            dpranks: Ranks | None = None) -> nn.Module:
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
@@ -113,10 +118,10 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     Triton knows and "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model
     that was built under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a
     folder of them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all
-    dropout draws the same mask under every plan but pipelines of several micro-batches; without it, the default on
-    GPUs, that inside of attention is left to the fused kernel, which is faster and draws another on each rank. `costs`
-    is what computing is taken to last: "roofline" goes by the cluster's figures, "measured" compiles and runs each
-    segment that a plan would run and plans again with that. All else is as in `autopar.plan`. Raises
+    dropout draws the same mask under every plan; without it, the default on GPUs, that inside of attention is left to
+    the fused kernel, which is faster and draws another on each rank. `costs` is what computing is taken to last:
+    "roofline" goes by the cluster's figures, "measured" compiles and runs each segment that a plan would run and plans
+    again with that. All else is as in `autopar.plan`. Raises
     AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None, Material]:
@@ -133,6 +138,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
                                "one; give one of them")
         one_of("returns", returns, get_args(Returns))
         one_of("head", head, get_args(Head))
+        one_of("batch_norm", batch_norm, get_args(BatchNorm))
         check_plain(model, loss_fn)
         material = read_material(init, model)
         request = _request(model, precision, mode=mode, mesh=mesh, optimizer=optimizer, memory_budget=memory_budget,
@@ -159,7 +165,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
         return Order(place, request, precision, loss_fn, read, batch, returns,
                      compiler_for(launch.device(), compiler), material, STORED[bool(keep_shapes)],
                      "by element" if exact_dropout or launch.device().type == "cpu" else "by kernel", head,
-                     costs)
+                     costs, batch_norm)
 
     request, call, material = together(asked)  # by each rank alone where they have not met yet
     launch.init()
@@ -175,8 +181,8 @@ def _told(model: nn.Module, order: Order) -> dict[str, str]:
     words = {"the model": type(model).__name__, "mode": asked.mode, "mesh": asked.mesh, "optimizer": asked.optimizer,
              "precision": order.precision, "returns": order.returns, "batch": order.batch, "compiler": order.compiler,
              "the loss_fn": "absent" if order.loss_fn is None else "given", "the stored shape": order.stored,
-             "costs": order.costs, "head": order.head, "pp": asked.stages, "micro_batches": asked.micro_batches,
-             "ppranks": asked.layout}
+             "costs": order.costs, "head": order.head, "batch_norm": order.batch_norm, "pp": asked.stages,
+             "micro_batches": asked.micro_batches, "ppranks": asked.layout}
     parameters = {f"parameter {name}": f"{tuple(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'},"
                   for name, p in model.named_parameters()}
     return {word: str(value) for word, value in words.items()} | parameters

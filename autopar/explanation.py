@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from autopar import pipelines
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.core.sharding import price
@@ -16,9 +17,11 @@ from autopar.passes.notation import op_called, strategy_text
 from autopar.passes.problem import Problem, build
 from autopar.passes.strategies import Assignment
 from autopar.plan import GIB, Plan
-from autopar.planner import annotated, check_one_stage, check_origin, decision_of, setting_of
+from autopar.planner import annotated, check_origin, decision_of, setting_of
 
 Choice = TypeVar("Choice")
+PriceOf = Callable[[tuple[int, ...]], tuple[float, float]]
+"""Seconds of a step and bytes of a device, of choices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +70,41 @@ def explain(plan: Plan, program: Program | Context, cluster: Cluster, op: str) -
 
     Raises AutoparError for an unknown op, or a plan for another model or cluster.
     """
-    ctx = annotated(program, plan)
-    check_origin(plan, ctx, cluster)
-    check_one_stage(plan, "explained op by op")
+    whole = annotated(program, plan)
+    check_origin(plan, whole, cluster)
+    ctx = pipelines.MicroContexts(whole).of(plan.micro_batches)[0] if plan.stages else whole
     index = op_called(ctx, op)
-    problem = build(ctx, setting_of(plan, cluster))
+    problem = build(ctx, pipelines.deciding(setting_of(plan, cluster)))
     chosen = choices_of(problem, decision_of(plan, ctx))
     node = problem.op_nodes[index]
-    base = price(problem.instance, chosen)
+    price_of = _in_stages(plan, problem) if plan.stages else _at_once(plan, problem, chosen)
     found = []
     for choice, assignment in enumerate(problem.assigned[node]):
-        priced = price(problem.instance, (*chosen[:node], choice, *chosen[node + 1:]))
-        found.append(Alternative(assignment, strategy_text(ctx, ctx.segmented.ops[index], assignment), priced.seconds,
-                                 plan.memory.total + priced.nbytes - base.nbytes, choice == chosen[node]))
+        seconds, nbytes = price_of((*chosen[:node], choice, *chosen[node + 1:]))
+        found.append(Alternative(assignment, strategy_text(ctx, ctx.segmented.ops[index], assignment), seconds, nbytes,
+                                 choice == chosen[node]))
     found.sort(key=lambda a: (a.seconds, not a.planned, a.nbytes))
     return Explanation(op, problem.instance.nodes[node].count, tuple(found))
+
+
+def _at_once(plan: Plan, problem: Problem, chosen: tuple[int, ...]) -> PriceOf:
+    """Prices by the problem's formulas."""
+    base = price(problem.instance, chosen)
+
+    def price_of(choices: tuple[int, ...]) -> tuple[float, float]:
+        priced = price(problem.instance, choices)
+        return priced.seconds, plan.memory.total + priced.nbytes - base.nbytes
+    return price_of
+
+
+def _in_stages(plan: Plan, problem: Problem) -> PriceOf:
+    """Prices of what is lowered, in the plan's stages."""
+    def price_of(choices: tuple[int, ...]) -> tuple[float, float]:
+        roughly = price(problem.instance, choices)
+        if math.isinf(roughly.seconds):
+            return roughly.seconds, roughly.nbytes
+        return pipelines.recomputed(plan.pipelining, problem.decide(choices), problem.setting)
+    return price_of
 
 
 def choices_of(problem: Problem, decision: Decision) -> tuple[int, ...]:

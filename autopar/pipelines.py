@@ -13,10 +13,11 @@ from typing import cast
 
 import torch
 
-from autopar.codegen.entries import Assembly, Costed, Menus, assembly_of, menus_of
+from autopar.codegen.entries import CHUNKS, Assembly, Costed, Menus, assembly_of, menus_of
 from autopar.codegen.executable import Executable, offline
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.lower import Target
+from autopar.codegen.reprice import Phase
 from autopar.codegen.traffic import traffic
 from autopar.core.assembly import Assembled, Instance, Priced, Taken, price
 from autopar.core.cluster import Cluster
@@ -31,7 +32,7 @@ from autopar.passes.outline import outline
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.segments import annotate
 from autopar.passes.staged import as_staged, without_results
-from autopar.planned import Bytes, Pipelining, PlannedStage, Seconds
+from autopar.planned import Bytes, Pipelining, PlannedSegment, PlannedStage, Seconds
 from autopar.solver import mapping
 from autopar.solver.assembly import assemble
 from autopar.solver.grid import Send
@@ -40,6 +41,8 @@ from autopar.solver.optimise import Begun, begin, finish
 AGREEMENT = 1e-6
 WORTH = 1e-3
 """The part of a step below which another layout is not worth solving for."""
+MOST_INTERLEAVED = 16
+"""Devices in a pipeline, beyond which cutting it finer is not looked at: it would take too long."""
 MOST_FLIGHTS = 8
 """Micro-batches for each stage, beyond which the pipeline's filling and draining are small already."""
 
@@ -110,12 +113,17 @@ def lowered(decision: Decision, setting: Setting) -> Executable:
     return lower_all(Target(decision, offline(Mesh(setting.mesh.shape)), setting.price, torch.device("meta")))
 
 
+def deciding(setting: Setting) -> Setting:
+    """The setting, in which on one device there is nothing to decide."""
+    alone = setting.stages > 1 and setting.mesh.size == 1
+    return replace(setting, mode=mode_called("pp")) if alone else setting
+
+
 def begun(contexts: MicroContexts, setting: Setting, solver: str, limit_s: float) -> tuple[Problem, tuple[Begun, ...]]:
     """The sharding problem of a shape, bounded; where the budget counts, without what results take of it too, as they
     may be made again. The last has the least bound. Raises AutoparError where it has no solution."""
     ctx, _ = contexts.of(setting.micro_batches)
-    if setting.mesh.size == 1:
-        setting = replace(setting, mode=mode_called("pp"))  # on one device there is nothing to decide
+    setting = deciding(setting)
     check_batch(ctx, setting)
     problem = build(ctx, setting)
     staged, found, refusal = as_staged(problem), list[Begun](), None
@@ -218,9 +226,15 @@ def _shape(setting: Setting) -> Shape:
 
 
 def _schedules(first: Found) -> list[Schedule]:
-    """Those that may be the best: a last stage with the first pays where they share parameters."""
-    setting, tied = first.problem.setting, first.assembly.instance.ties
-    return ["1f1b", "looped"] if tied and setting.micro_batches > 1 and setting.stages <= MOST_LOOPED else ["1f1b"]
+    """Those that may be the best: a last stage with the first pays where they share parameters, several stages a
+    device where the wait for the first micro-batch is long beside what each sends."""
+    setting, found = first.problem.setting, list[Schedule](["1f1b"])
+    if first.assembly.instance.ties and setting.micro_batches > 1 and setting.stages <= MOST_LOOPED:
+        found.append("looped")
+    if (_may_interleave(setting.stages, setting.micro_batches)
+            and len(first.executable.calls) >= CHUNKS * setting.stages):
+        found.append("interleaved")
+    return found
 
 
 MOST_LOOPED = 16
@@ -232,6 +246,16 @@ def pipelining_of(found: Found) -> Pipelining:
     names = [call.segment.name for call in found.executable.calls]
     return Pipelining(tuple(_stages(found.assembly, found.assembled.taken, found.assembled.priced, names,
                                     found.problem.setting)), found.shape.micro_batches, found.schedule)
+
+
+def segments_of(found: Found) -> tuple[PlannedSegment, ...]:
+    """The segments of all stages, by a device of the setting."""
+    def parts(phase: Phase, seconds: float) -> tuple[float, float, float]:
+        return phase.compute + phase.talk, phase.inline, seconds - phase.compute - phase.talk - phase.inline
+
+    return tuple(PlannedSegment(call.segment.name, *parts(each.tally.forward, each.entry.forward),
+                                *parts(each.tally.backward, each.entry.backward), each.entry.saved, 0.0)
+                 for call, each in zip(found.executable.calls, found.assembly.calls, strict=True))
 
 
 def _stages(assembly: Assembly, taken: Taken, priced: Priced, names: list[str],
@@ -342,6 +366,18 @@ class Asked:
     layout: tuple[int, ...] = ()
 
 
+def least_share(shape: Shape) -> float:
+    """What of a step by 1F1B the same takes at least by the best schedule: interleaving waits less."""
+    if not _may_interleave(shape.stages, shape.micro_batches):
+        return 1.0
+    waits = shape.stages - 1
+    return (shape.micro_batches + waits / CHUNKS) / (shape.micro_batches + waits)
+
+
+def _may_interleave(stages: int, micro_batches: int) -> bool:
+    return 1 < stages <= MOST_INTERLEAVED and micro_batches % stages == 0
+
+
 def least_work(ctx: Context, setting: Setting) -> float:
     """Seconds that one device would compute for, without what it takes to launch kernels: a share of these is what
     each of several computes for at least, however ops and batch are cut."""
@@ -364,7 +400,7 @@ class Look:
     @property
     def bound(self) -> float:
         """Seconds that the shape takes at least."""
-        return self.every[-1].bound.seconds
+        return self.every[-1].bound.seconds * least_share(self.shape)
 
 
 @dataclass(eq=False)
@@ -443,7 +479,7 @@ def search(contexts: MicroContexts, cluster: Cluster, shapes: list[Shape], asked
     far is passed over. The best is placed anew on the devices in the end, unless a layout is given.
     """
     work = least_work(contexts.whole, asked.setting) / cluster.size
-    bounds = {shape: work * (1.0 + (shape.stages - 1) / shape.micro_batches) for shape in shapes}
+    bounds = {shape: work * (1.0 + (shape.stages - 1) / shape.micro_batches) * least_share(shape) for shape in shapes}
     found = _Search(contexts, asked, asked.layout or by_host(cluster), bounds, beat)
     for parts in sorted({shape.micro_batches for shape in shapes}, reverse=True):
         found.run(parts)

@@ -27,13 +27,14 @@ from autopar.planned import (
     PlannedCheckpoint,
     PlannedOp,
     PlannedParameter,
+    PlannedSegment,
     PlannedStage,
     Seconds,
     Workload,
     check_finite,
 )
 
-FORMAT = "autopar plan 4"
+FORMAT = "autopar plan 5"
 WORDS = ("model", "program_key", "cluster", "cluster_key", "mode", "precision", "optimizer", "status", "attention")
 FIGURES = ("gap", "step_time_s", "compute_s", "inline_s", "exposed_s", "optimizer_s", "bubble_s", "communication_s",
            "samples_per_s", "tokens_per_s", "mfu", "samples", "tokens", "flop", "peak_flops_per_s", "nodes", "edges",
@@ -75,6 +76,7 @@ class Plan:
     observed_peak: float = 0.0
     pipelining: Pipelining = ALONE
     checkpoints: tuple[PlannedCheckpoint, ...] = ()
+    segments: tuple[PlannedSegment, ...] = ()
 
     def __post_init__(self) -> None:
         check_finite("plan", {"gap": self.gap, "solve_s": self.solve_s, "peak_flops_per_s": self.peak_flops_per_s,
@@ -186,7 +188,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain lists and numbers; the keys are attributes."""
         rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)]
-                for name in ("ops", "parameters", "stages", "observed", "checkpoints")}
+                for name in ("ops", "parameters", "stages", "observed", "checkpoints", "segments")}
         told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops",
                                                     "micro_batches", "schedule")}
         plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **told, **rows}))
@@ -205,6 +207,7 @@ class Plan:
         parameters = tuple(PlannedParameter(*(entry(p, name, str) for name in ("name", "storage", "spec")))
                            for p in entries(data, "parameters", dict))
         checkpoints = tuple(map(_checkpoint, entries(data, "checkpoints", dict))) if "checkpoints" in data else ()
+        segments = tuple(map(_segment, entries(data, "segments", dict)))
         seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
         observed = tuple(map(observed_from_json, entries(data, "observed", dict) if "observed" in data else ()))
         held = entry(data, "memory_bytes", dict)
@@ -213,7 +216,7 @@ class Plan:
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
                    ops=ops, parameters=parameters, observed=observed, observed_peak=peak,
                    fallback_ops=entries(data, "fallback_ops", str), pipelining=_pipelining(data),
-                   checkpoints=checkpoints)
+                   checkpoints=checkpoints, segments=segments)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -239,6 +242,11 @@ class Plan:
     def explain(self, program: Any, cluster: Any, op: str) -> Any:
         """What each alternative for the op called `op` would have cost; see `autopar.explain`."""
         return _when_called("explanation", "explain")(self, program, cluster, op)
+
+    def timeline(self, path: str | os.PathLike[str]) -> None:
+        """Draw a step as it is predicted, a row a device, to a page (`.html`) or a picture (`.png`), whole or not at
+        all. Raises AutoparError."""
+        _when_called("timeline", "draw")(self, check_path("the path of a timeline", path))
 
     def stage_table(self) -> list[str]:
         """A line a stage: its segments, seconds a micro-batch, GiB and devices; none without stages."""
@@ -344,6 +352,11 @@ def _checkpoint(table: dict[str, Any]) -> PlannedCheckpoint:
     segments, names, shown = (entries(table, name, str) for name in ("segments", "names", "shown"))
     saved, transient, seconds = (entry(table, name, float) for name in ("saved", "transient", "seconds"))
     return PlannedCheckpoint(segments, names, shown, saved, transient, seconds)
+
+
+def _segment(table: dict[str, Any]) -> PlannedSegment:
+    figures = (f.name for f in dataclasses.fields(PlannedSegment) if f.name != "name")
+    return PlannedSegment(entry(table, "name", str), *(entry(table, name, float) for name in figures))
 
 
 def _workload(table: dict[str, Any]) -> Workload:

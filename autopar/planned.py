@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from autopar.core.errors import AutoparError
+from autopar.core.schedules import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,32 @@ class PlannedParameter:
     name: str
     storage: str
     spec: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSegment:
+    """One segment: in each phase seconds of computing, of communication that it waits for, and of what shows of
+    parameters' communication; bytes kept for its backward, and in it those of a device. In a stage seconds and kept
+    bytes are a micro-batch's, and `held_bytes` 0."""
+
+    name: str
+    forward_s: float
+    forward_inline_s: float
+    forward_exposed_s: float
+    backward_s: float
+    backward_inline_s: float
+    backward_exposed_s: float
+    saved_bytes: float
+    held_bytes: float
+
+    def __post_init__(self) -> None:
+        check_finite("segment", {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"})
+
+    def seconds(self, phase: Phase) -> tuple[float, float, float]:
+        """Of a phase: computing, waiting for communication, and what shows of parameters' communication."""
+        if phase == "forward":
+            return self.forward_s, self.forward_inline_s, self.forward_exposed_s
+        return self.backward_s, self.backward_inline_s, self.backward_exposed_s
 
 
 @dataclass(frozen=True, slots=True)

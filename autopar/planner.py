@@ -14,14 +14,14 @@ import torch
 from autopar import pipelines
 from autopar.budget import best_within, least_seconds, lowered, recomputing
 from autopar.codegen.executable import Executable
-from autopar.codegen.reprice import Memory, reprice, saved_by, tally_calls
+from autopar.codegen.reprice import Item, Memory, itemised, reprice, saved_by, tally_calls
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
 from autopar.core.observed import Observed, factors_of
 from autopar.core.ranks import HandLayout
-from autopar.core.sharding import Instance, Priced, Solution
-from autopar.passes.capture import KEPT, Program, Stored
+from autopar.core.sharding import Instance, Priced, Solution, Sums
+from autopar.passes.capture import KEPT, BatchNorm, Program, Stored
 from autopar.passes.constants import FoldConstants
 from autopar.passes.costs import Optimizer, optimizer_called, slowest
 from autopar.passes.decision import Context, Decision, context
@@ -35,7 +35,7 @@ from autopar.passes.problem import Problem, Setting, batch_of, build, check_batc
 from autopar.passes.segments import annotate
 from autopar.passes.strategies import Assignment, Storage, assignments, parse_storage, storages
 from autopar.plan import Plan
-from autopar.planned import Bytes, PlannedCheckpoint, PlannedOp, PlannedParameter, Seconds
+from autopar.planned import Bytes, PlannedCheckpoint, PlannedOp, PlannedParameter, PlannedSegment, Seconds
 from autopar.refusals import merged
 from autopar.solver.optimise import Begun, begin, finish, optimise
 from autopar.workload import peak_flops_per_s, workload_of
@@ -264,7 +264,8 @@ def pipelined_plan(found: pipelines.Found, least: float, ctx: Context, request: 
         planned_parameters(found.decision), attention_told(program), fallback_ops(ctx),
         len(found.problem.instance.nodes), edge_count(found.problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision), pipelining=pipelines.pipelining_of(found),
-        checkpoints=planned_checkpoints(found.executable, setting))
+        checkpoints=planned_checkpoints(found.executable, setting),
+        segments=pipelines.segments_of(found))
 
 
 def _of_one_stage(ctx: Context, cluster: Cluster, request: Request, report: Report) -> tuple[Plan, Problem]:
@@ -379,7 +380,7 @@ def _begun(ctx: Context, cluster: Cluster, request: Request, report: Report) -> 
 def _plan(found: Found, request: Request, spent: float) -> Plan:
     executable, problem = found.executable, found.problem
     decision, ctx, setting = executable.decision, problem.context, problem.setting
-    priced, memory = reprice(executable, setting)
+    priced, memory, items = itemised(executable, setting)
     if abs(priced.seconds - found.seconds) > AGREEMENT * found.seconds:
         raise AssertionError(f"the solver claims {found.seconds} s, the lowered program costs {priced.seconds} s")
     gap = 0.0 if found.seconds <= found.bound else (found.seconds - found.bound) / found.seconds
@@ -392,7 +393,16 @@ def _plan(found: Found, request: Request, spent: float) -> Plan:
         planned_ops(decision), planned_parameters(decision), attention_told(program), fallback_ops(ctx),
         len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision), request.observed,
-        checkpoints=planned_checkpoints(executable, setting))
+        checkpoints=planned_checkpoints(executable, setting), segments=tuple(map(planned_segment, items)))
+
+
+def planned_segment(item: Item) -> PlannedSegment:
+    """A segment of a plan without stages."""
+    return PlannedSegment(item.name, *_parts(item.forward), *_parts(item.backward), item.saved, item.held)
+
+
+def _parts(sums: Sums) -> tuple[float, float, float]:
+    return sums.work, sums.inline, sums.exposed
 
 
 def attention_told(program: Program) -> str:
@@ -461,12 +471,14 @@ def price_lowered(decision: Decision, setting: Setting) -> tuple[Priced, Memory]
 
 
 KEY_OF: dict[Stored, str] = {"by factor": "", "plain": " plain"}
+NORM_KEY_OF: dict[BatchNorm, str] = {"whole": "", "micro-batch": " micro-batch"}
 
 
 def program_key(ctx: Context) -> str:
     """Twelve hexadecimal digits that name the program: its ops, shapes and precision."""
     program = ctx.segmented.factored.program
-    found = hashlib.sha256(f"{program.precision} {program.training}{KEY_OF[program.stored]}".encode())
+    found = hashlib.sha256(f"{program.precision} {program.training}{KEY_OF[program.stored]}"
+                           f"{NORM_KEY_OF[program.batch_norm]}".encode())
     for node in program.graph.nodes:
         value = node.meta.get("val")
         shape = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else ()

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from autopar.codegen.calls import Form, form_of
 from autopar.codegen.communicator import Axes, Communicator, connect
 from autopar.codegen.compiled import BY_STAGE, COMPILERS, RECORDS, Compiler
 from autopar.codegen.control import all_equal
+from autopar.codegen.draws import Samples
 from autopar.codegen.executable import Executable, build
 from autopar.codegen.lower import Target
 from autopar.codegen.offers import grown_to
@@ -37,7 +39,7 @@ from autopar.hush import hushed
 from autopar.material import Material
 from autopar.passes.additive import additive
 from autopar.passes.blame import blame
-from autopar.passes.capture import Head, Precision, Returns, Stored, capture, meta_twin
+from autopar.passes.capture import BatchNorm, Head, Precision, Returns, Stored, capture, meta_twin
 from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
 from autopar.passes.micro import Micro
@@ -57,8 +59,9 @@ from autopar.planner import (
     solve_pinned,
 )
 from autopar.profiling import Bench, Costs, profiled
-from autopar.report import reporter
+from autopar.report import reporter, stage_reporter
 from autopar.stepping import follow
+from autopar.timeline import draw_seen
 
 log = logging.getLogger("autopar")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -83,6 +86,7 @@ class Order:
     draws: Draws = "by element"
     head: Head = "auto"
     costs: Costs = "roofline"
+    batch_norm: BatchNorm = "whole"
 
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
@@ -99,7 +103,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
         plans = _plans(programs, ctx, mesh, decision, form_of(model, order.loss_fn))
         module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device))
         module.reporter = reporter(made, decision, setting_of(made, order.cluster))
-    module.plan = made
+    module.plan, module.drawer = made, partial(draw_seen, made)
     follow(module, model)
     if order.draws == "by kernel" and any(_drops(node) for node in ctx.segmented.factored.program.graph.nodes):
         log.info("dropout inside of attention is drawn by its kernels, another mask on each rank; exact_dropout=True "
@@ -130,8 +134,10 @@ def _pipelined(model: nn.Module, made: Plan, ctx: Context, programs: Programs, o
     stages = every_stage(build(Target(decision, site.communicator, programs.price, launch.device())), layout)
     grain = made.micro_batches * made.devices
     plans = _plans(programs, ctx, layout.whole, decision, form_of(model, order.loss_fn), grain)
-    return ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device),
-                          holding_of(model, stages, layout, line))
+    module = ParallelModule(model, decision, site, Batches(plans), order.material.values(model, site.device),
+                            holding_of(model, stages, layout, line))
+    module.reporter = stage_reporter(made, layout.place)
+    return module
 
 
 def _drops(node: fx.Node) -> bool:
@@ -233,7 +239,8 @@ class Programs:
             model = self.twin.train(training)
             with hushed():
                 program = capture(model, call, self._order.precision, self._order.loss_fn, self._order.returns)
-            program = replace(program, stored=self._order.stored, head=self._order.head)
+            program = replace(program, stored=self._order.stored, head=self._order.head,
+                              batch_norm=self._order.batch_norm)
             return checked(prepare(program, self._order.cluster))
         return together(annotated)
 
@@ -270,7 +277,9 @@ class Programs:
                         self._order.draws, "outside")
         if self._staging is None:
             return together(lambda: COMPILERS[self._order.compiler](build(target)))
-        staged = self._staging.staged(build(target), self._cuts[training, _shapes(call)], axes)
+        cut = self._cuts[training, _shapes(call)]
+        samples = Samples(cut.parts, cut.rows, decision.mesh.extent(inner)) if cut.parts > 1 else None
+        staged = self._staging.staged(build(replace(target, samples=samples)), cut, axes)
         return together(lambda: staged.compiled(BY_STAGE[self._order.compiler]))  # type: ignore[return-value]
 
 
@@ -328,4 +337,5 @@ def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
                            f"{cluster} ({cluster.key()}); plan again for this one")
     if plan.program_key != key:
         raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {key} of "
-                           f"{order.request.model}; the model, the shapes of its inputs or head= differ: plan again")
+                           f"{order.request.model}; the model, the shapes of its inputs, head= or batch_norm= differ: "
+                           "plan again")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -13,10 +14,12 @@ from autopar.codegen.lower import Target
 from autopar.codegen.reprice import Tally, tally_calls
 from autopar.codegen.sight import Seen
 from autopar.codegen.stopwatch import Lap, between
+from autopar.core.schedules import Action, Schedule, actions
 from autopar.core.sharding import PHASES, Phase
 from autopar.passes.decision import Decision
 from autopar.passes.problem import Setting
 from autopar.plan import GIB, Plan
+from autopar.timeline import pipe_of, spans_of
 
 TELLING = 1.25
 """How far a figure must be from its prediction to be pointed out."""
@@ -36,10 +39,11 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`lines` by class and phase; `exposed` and `step` are (predicted, measured) seconds, `peak` such bytes.
+    """`lines` by class, or stage of this rank, and phase; `exposed` and `step` are (predicted, measured) seconds,
+    `peak` such bytes.
 
     Exposed is what shows of parameters' communication: measured, all that passes between segments, with the wait for
-    the host. NaN where nothing was seen.
+    the host; with stages it is the wait between micro-batches. NaN where nothing was seen.
     """
 
     mesh: str
@@ -82,6 +86,30 @@ def reporter(plan: Plan, decision: Decision, setting: Setting) -> Callable[[Seen
                       (plan.exposed_s, sum(gaps.values()) if gaps else math.nan), (plan.step_time_s, seen.step_s),
                       (plan.memory_bytes["peak"], seen.peak))
     return report
+
+
+def stage_reporter(plan: Plan, place: int) -> Callable[[Seen], Report]:
+    """What makes a report of what a rank at a place of a pipeline saw."""
+    def report(seen: Seen) -> Report:
+        order = actions(cast(Schedule, plan.schedule), pipe_of(plan), place)
+        mine = [span for span in spans_of(plan) if span.device == place]
+        waits = max(span.end_s for span in mine) - sum(span.end_s - span.start_s for span in mine)
+        laps, waited = seen.laps, math.nan
+        if laps:
+            waited = max(lap.began + lap.seconds for lap in laps) - sum(lap.seconds for lap in laps)
+        return Report("x".join(map(str, plan.mesh)) + f" of {len(plan.pipelining.places)} places",
+                      tuple(_stage_lines(plan, order, laps)), (waits, waited), (plan.step_time_s, seen.step_s),
+                      (plan.memory_bytes["peak"], seen.peak))
+    return report
+
+
+def _stage_lines(plan: Plan, order: tuple[Action, ...], laps: list[Lap]) -> Iterator[Line]:
+    for stage in dict.fromkeys(action.stage for action in order):
+        for phase in PHASES:
+            places = {i for i, action in enumerate(order) if (action.stage, action.phase) == (stage, phase)}
+            each = plan.stages[stage].forward_s if phase == "forward" else plan.stages[stage].backward_s
+            seen = sum(lap.seconds for lap in laps if lap.place in places) if laps else math.nan
+            yield Line(f"stage {stage}", phase, len(places), len(places) * each, seen)
 
 
 def _lines(names: list[str], tallies: list[Tally], laps: list[Lap]) -> tuple[Line, ...]:

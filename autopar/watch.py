@@ -16,10 +16,11 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 
-from autopar.codegen.control import exchanged
+from autopar.codegen.control import exchanged, on_alarm
 
 log = logging.getLogger("autopar")
 GRACE_SECONDS = 10.0
@@ -54,6 +55,7 @@ def watch(place: Place) -> None:
                     place.host, port)
         return
     Finalize(None, _part, (list(connections.values()),), exitpriority=0)  # multiprocessing skips what atexit has
+    on_alarm(lambda: _tell(connections.values(), place.rank))
     threading.Thread(target=_listen, args=(place, connections), name="autopar-watch", daemon=True).start()
 
 
@@ -106,15 +108,21 @@ def _listen(place: Place, connections: dict[int, socket.socket]) -> None:
                 waiting.unregister(connections[key.data])
                 continue
             lost = key.data if word == _NOBODY else word
-            for rank in connections.keys() - {lost}:
-                with contextlib.suppress(OSError):
-                    connections[rank].sendall(_WORD.pack(lost))
+            _tell([connections[rank] for rank in connections.keys() - {lost}], lost)
             _end(place, lost)
 
 
+def _tell(connections: Iterable[socket.socket], word: int) -> None:
+    """Send a word to those that are still there."""
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.sendall(_WORD.pack(word))
+
+
 def _end(place: Place, lost: int) -> None:
-    log.error("rank %d of %d is gone: its process has ended by an error or a signal, or its machine is out of reach, "
-              "see what it said last; rank %d ends too", lost, place.size, place.rank)
+    log.error("rank %d of %d is gone: its process has ended by an error or a signal, it failed in the middle of a "
+              "step, or its machine is out of reach, see what it said last; rank %d ends too", lost, place.size,
+              place.rank)
     time.sleep(GRACE_SECONDS)
     logging.shutdown()
     os._exit(1)
@@ -125,6 +133,4 @@ def _part(connections: list[socket.socket]) -> None:
     error = sys.exc_info()[1] or getattr(sys, "last_value", None)
     if error is not None and not isinstance(error, SystemExit):
         return
-    for connection in connections:
-        with contextlib.suppress(OSError):
-            connection.sendall(_WORD.pack(_BYE))
+    _tell(connections, _BYE)

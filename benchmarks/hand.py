@@ -1,4 +1,4 @@
-"""Training as experts write it by hand, for comparison: DDP, FSDP2 and pipelines, blocks compiled."""
+"""Training as experts write it by hand, for comparison: DDP, FSDP2, tensor parallelism and pipelines, compiled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from hand_pipeline import pipeline
+from hand_tensor import tensor
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -56,6 +57,14 @@ def ddp(job: Job) -> Forward:
     return DistributedDataParallel(torch.compile(job.model), gradient_as_bucket_view=True)
 
 
+def ddp_recompute(job: Job) -> Forward:
+    """The same with every block run again in the backward, blocks compiled one by one."""
+    replace_blocks(job, checkpoint_wrapper)
+    for name in job.blocks:
+        job.model.get_submodule(name).compile()
+    return DistributedDataParallel(job.model, gradient_as_bucket_view=True)
+
+
 def fsdp(reshard: bool, recompute: bool = False, hosts: int = 1) -> Callable[[Job], Forward]:
     """FSDP2 with bf16 gathers and fp32 reductions; `reshard` is ZeRO-3, else ZeRO-2; `hosts` replicas."""
     def make(job: Job) -> Forward:
@@ -90,11 +99,11 @@ def _kernel(backend: str, inner: Callable[[], Any] = contextlib.nullcontext) -> 
 
 
 WAYS = {way.name: way for way in (
-    Way("ddp flash", ddp, _kernel("flash", _autocast)),
-    Way("ddp cudnn", ddp, _kernel("cudnn", _autocast)),
-    *(Way(f"{name} {backend}", make, _kernel(backend)) for backend in BACKENDS for name, make in (
-        ("zero2", fsdp(False)), ("zero3", fsdp(True)), ("zero3 recompute", fsdp(True, recompute=True)),
-        ("hsdp2", fsdp(False, hosts=2)))),
+    *(Way(f"{name} {backend}", make, _kernel(backend, _autocast)) for backend in BACKENDS for name, make in (
+        ("ddp", ddp), ("ddp recompute", ddp_recompute), ("tensor", tensor))),
+    *(Way(f"{name}{' recompute' * recompute} {backend}", fsdp(reshard, recompute, hosts), _kernel(backend))
+      for backend in BACKENDS for recompute in (False, True) for name, reshard, hosts in (
+          ("zero2", False, 1), ("zero3", True, 1), ("hsdp2", False, 2), ("hsdp3", True, 2))),
     *(Way(f"pp{stages} m{parts} {backend}", pipeline(stages, parts), _kernel(backend)) for backend in BACKENDS
       for stages in (2, 4) for parts in (4, 8, 16, 32)),
 )}

@@ -5,7 +5,8 @@
 Hugging Face models with random weights, dropout 0, bf16-mixed, fused AdamW. autopar's model stays, the rows by hand
 come and go; of each pair ROUNDS times STEPS steps are timed in turn. A row that fails is printed as such. `--links`
 makes slower clusters of one box by what NCCL may use. MFU counts (6 N + 6 L h s) FLOP a token, N without embeddings,
-over 989 TFLOP/s. Results are added to `--out`, one JSON object a line.
+over 989 TFLOP/s. Results are added to `--out`, one JSON object a line; rows that are in it already, of the same work
+and settings, are left out, so that a call that was cut short goes on where it was.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from autopar.models.resnet import resnet
 
 ROUNDS, STEPS, WARMUP = 3, 6, 5
 PEAK = 989e12
+ALONE = "alone"
 GIB = 2.0**30
 LINKS = {
     "nvlink": {},
@@ -71,6 +73,15 @@ class Timed:
     peak_gib: float
     tokens_per_s: float
     mfu: float
+
+
+@dataclass(frozen=True)
+class Mine:
+    """autopar's side: a step, the most bytes it had, and the FLOP of a sample."""
+
+    step: Callable[[], None]
+    peak: float
+    flop: float
 
 
 def say(text: str) -> None:
@@ -212,38 +223,63 @@ def told(work: Work, took: list[float], peak: float, flop: float) -> Timed:
     return Timed(1e3 * median, peak / GIB, samples * (work.seq or 1), samples * flop / dist.get_world_size() / PEAK)
 
 
+def settings(name: str, way: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What makes a row another one."""
+    asked = {key: getattr(arguments, key) for key in ("links", "mode", "compiler", "pp", "micro_batches", "measure")}
+    return {"work": name, "way": way, "ranks": dist.get_world_size(), "device": torch.cuda.get_device_name(), **asked}
+
+
+def known(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of earlier calls, as rank 0 sees them."""
+    told: list[Any] = [None]
+    if dist.get_rank() == 0 and arguments.out and arguments.out.exists():
+        told = [[json.loads(line) for line in arguments.out.read_text().splitlines()]]
+    dist.broadcast_object_list(told, 0)
+    return told[0] or []
+
+
 def compare(name: str, arguments: argparse.Namespace, device: torch.device) -> None:
-    """autopar against each row by hand on one piece of work."""
-    work = WORK[name]
-    flop = flop_per_sample(work, device)
+    """autopar against each row by hand on one piece of work, as far as that is not known."""
+    rows = [row for row in known(arguments) if "failed" not in row]
+    ways = [way for way in arguments.ways or [ALONE]
+            if not any(settings(name, way, arguments).items() <= row.items() for row in rows)]
+    if not ways:
+        say(f"{name}: all rows are in {arguments.out}")
+        return
     start = time.perf_counter()
-    own, plan = automatic(work, arguments, device)
+    own, plan = automatic(WORK[name], arguments, device)
     torch.cuda.reset_peak_memory_stats()
     seconds(own, WARMUP)
     say(f"{name} on {dist.get_world_size()}, {arguments.links}: autopar {arguments.mode} mesh "
         f"{'x'.join(map(str, plan.mesh))}{_staged(plan)} ready in {time.perf_counter() - start:.0f} s, predicted "
         f"{1e3 * plan.step_time_s:.1f} ms, {plan.memory_bytes['peak'] / GIB:.1f} GiB")
-    if not arguments.ways:
-        report(name, "alone", told(work, seconds(own, ROUNDS * STEPS), torch.cuda.max_memory_allocated(), flop), None,
-               arguments)
-    own_peak = torch.cuda.max_memory_allocated()
-    for way in (WAYS[asked] for asked in arguments.ways):
-        held = torch.cuda.memory_allocated()
+    mine = Mine(own, torch.cuda.max_memory_allocated(), flop_per_sample(WORK[name], device))
+    for way in ways:
         try:
-            other = by_hand(work, way, device)
-            torch.cuda.reset_peak_memory_stats()
-            seconds(other, WARMUP)
-            peak = torch.cuda.max_memory_allocated() - held
-            took: tuple[list[float], list[float]] = ([], [])
-            for _ in range(ROUNDS):
-                took[0].extend(seconds(own, STEPS))
-                took[1].extend(seconds(other, STEPS))
-            report(name, way.name, told(work, took[0], own_peak, flop), told(work, took[1], peak, flop), arguments)
+            beside(name, way, mine, arguments, device)
         except Exception as error:
-            say(f"{name} {way.name}: FAILED {type(error).__name__}: {str(error)[:200]}")
-        other = None  # type: ignore[assignment]
+            say(f"{name} {way}: FAILED {type(error).__name__}: {str(error)[:200]}")
+            keep({**settings(name, way, arguments), "failed": f"{type(error).__name__}: {error}"}, arguments)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def beside(name: str, way: str, mine: Mine, arguments: argparse.Namespace, device: torch.device) -> None:
+    """One row: both sides in turn, or autopar alone."""
+    work = WORK[name]
+    if way == ALONE:
+        report(name, way, told(work, seconds(mine.step, ROUNDS * STEPS), mine.peak, mine.flop), None, arguments)
+        return
+    held = torch.cuda.memory_allocated()
+    other = by_hand(work, WAYS[way], device)
+    torch.cuda.reset_peak_memory_stats()
+    seconds(other, WARMUP)
+    peak = torch.cuda.max_memory_allocated() - held
+    took: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        took[0].extend(seconds(mine.step, STEPS))
+        took[1].extend(seconds(other, STEPS))
+    report(name, way, told(work, took[0], mine.peak, mine.flop), told(work, took[1], peak, mine.flop), arguments)
 
 
 def _staged(plan: Any) -> str:
@@ -261,10 +297,13 @@ def report(name: str, way: str, own: Timed, other: Timed | None, arguments: argp
                 f"{side.peak_gib:.1f} GiB")
     ratio = other.milliseconds / own.milliseconds if other else None
     say(f"{name} {way}: autopar {line(own)}" + (f"; {way} {line(other)}; {ratio:.3f}x" if other else ""))
+    keep({**settings(name, way, arguments), "ratio": ratio, "torch": torch.__version__, "command": " ".join(sys.argv),
+          "autopar": asdict(own), "hand": asdict(other) if other else None}, arguments)
+
+
+def keep(row: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Add a row to the file of results."""
     if arguments.out and dist.get_rank() == 0:
-        row = {"work": name, "way": way, "links": arguments.links, "ranks": dist.get_world_size(), "ratio": ratio,
-               "device": torch.cuda.get_device_name(), "torch": torch.__version__, "command": " ".join(sys.argv),
-               "autopar": asdict(own), "hand": asdict(other) if other else None}
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

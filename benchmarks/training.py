@@ -11,6 +11,7 @@ printed as such. `--against` prints how far a loss curve is from the one of an e
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sysconfig
@@ -179,9 +180,10 @@ def main() -> None:
             said = f"{model} {batch}x{seq}: FAILED {type(error).__name__}: {str(error)[:300]}"
         if dist.get_rank() == 0:
             print(said, flush=True)
+        gc.collect()
         torch.cuda.empty_cache()
-    if arguments.out and dist.get_rank() == 0:
-        arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        if arguments.out and dist.get_rank() == 0:
+            arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     dist.destroy_process_group()
 
 

@@ -6,7 +6,8 @@ starts to receive what it needs next before it computes, and sends what it made 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.codegen.stages import Port
+from autopar.core.errors import RankLost
 
 Links = dict[tuple[int, str], "Link"]
 """This rank's ways, by cut (cut v is behind stage v) and phase."""
@@ -44,17 +46,30 @@ def connect_cuts(columns: Sequence[Sequence[int]], stages: int) -> Links:
     return found
 
 
+@contextmanager
+def _there(peer: int) -> Iterator[None]:
+    """Raises RankLost where what is done fails as `peer` is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(f"rank {peer}, which runs a stage beside that of rank {dist.get_rank()}, is gone in the middle "
+                       f"of a step ({str(error).splitlines()[0]}); see what it said last, and start all ranks again "
+                       "from the last checkpoint") from error
+
+
 @dataclass(eq=False)
 class Message:
-    """Tensors on their way; `wait` makes the device, or without one this process, wait for them."""
+    """Tensors on their way to or from rank `peer`; `wait` makes the device, or without one this process, wait."""
 
     tensors: list[Tensor]
     works: list[dist.Work]
+    peer: int = -1
 
     def wait(self) -> list[Tensor]:
-        """The tensors once they have come, or left."""
-        for work in self.works:
-            work.wait()
+        """The tensors once they have come, or left. Raises RankLost where the other rank is gone."""
+        with _there(self.peer):
+            for work in self.works:
+                work.wait()
         return self.tensors
 
     @property
@@ -92,5 +107,6 @@ class Post:
             return Message([], [])
         link = self.links[cut, phase]
         parcel = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in tensors]
-        works = dist.batch_isend_irecv([dist.P2POp(act, t, link.peer, link.group) for t in parcel])
-        return Message(tensors, works)
+        with _there(link.peer):
+            works = dist.batch_isend_irecv([dist.P2POp(act, t, link.peer, link.group) for t in parcel])
+        return Message(tensors, works, link.peer)

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from autopar.codegen import private
+from autopar.codegen.attending import Chosen, chosen
 from autopar.codegen.executable import Call, Executable
 from autopar.codegen.joint import Cut
-from autopar.codegen.lower import Lowered
+from autopar.codegen.lower import Lowered, Target
 from autopar.codegen.marks import marked
 from autopar.codegen.ranks import together
 from autopar.codegen.replay import Launches
@@ -52,10 +53,11 @@ class Progress:
 class CompiledSegment:
     """Runs a lowered segment compiled by Inductor, forward and backward, at its first call."""
 
-    def __init__(self, lowered: Lowered, progress: Progress, cut: Cut | None = None, meet: Meet = together) -> None:
+    def __init__(self, lowered: Lowered, progress: Progress, attention: Chosen, cut: Cut | None = None,
+                 meet: Meet = together) -> None:
         self.name, self.compilations, self._ranks, self._cut = lowered.segment.name, 0, meet, cut
-        self._progress, self._met, self._first = progress, set[bool](), False
-        module = lowered.module if cut is None else marked(lowered)
+        self._progress, self._met, self._first, self._order = progress, set[bool](), False, attention.order
+        module = attention.module if cut is None else marked(lowered)
         self._run = torch.compile(module.forward, backend=self._compile, fullgraph=True, dynamic=False)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -81,7 +83,7 @@ class CompiledSegment:
     def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compilations += 1
         try:
-            made = private.inductor(graph, inputs, self._cut)
+            made = private.inductor(graph, inputs, self._order, self._cut)
         except Exception as error:
             self._meet(self._refusal(error))
             raise
@@ -143,8 +145,14 @@ def by_class(executable: Executable, meet: Meet = together) -> Executable:
     """The executable with every distinct lowered segment compiled when it is first called, where ranks `meet`, once for
     each set of values that it is to keep."""
     progress = Progress(len(_distinct(executable)))
-    return _with(executable, {key: CompiledSegment(lowered, progress, None if key[1] is None else Cut(key[1]), meet)
+    return _with(executable, {key: CompiledSegment(lowered, progress, _attention(lowered, executable.target),
+                                                   None if key[1] is None else Cut(key[1]), meet)
                               for key, lowered in _distinct(executable).items()})
+
+
+def _attention(lowered: Lowered, target: Target) -> Chosen:
+    """The attention kernels of a segment, measured where there is a choice."""
+    return chosen(lowered.module, target.decision) if target.device.type == "cuda" else Chosen(lowered.module)
 
 
 def as_it_is(executable: Executable) -> Executable:

@@ -5,11 +5,14 @@ Under NCCL the group is one of gloo's: no rank waits for its GPU to talk, and on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
 _made: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
 """The default group and its control group, none or one pair."""
+_alarms: list[Callable[[], None]] = []
 
 
 def control() -> dist.ProcessGroup:
@@ -34,3 +37,14 @@ def exchanged(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
 def all_equal(number: int) -> bool:
     """Whether all ranks have the same number; collective."""
     return len(set(exchanged((number,)))) == 1
+
+
+def on_alarm(tell: Callable[[], None]) -> None:
+    """Have `tell` called when this rank fails where others wait for it."""
+    _alarms[:] = [tell]
+
+
+def alarm() -> None:
+    """Tell the other ranks that this one failed in the middle of what they do together, so that all end."""
+    for tell in _alarms:
+        tell()

@@ -24,6 +24,9 @@ from autopar.passes.problem import Setting
 from autopar.passes.strategies import Storage
 from autopar.solver.checkpoint import menu
 
+CHUNKS = 2
+"""Stages a device where they are interleaved: with more the same waits less, and sends more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Costed:
@@ -88,8 +91,10 @@ def assembly_of(executable: Executable, setting: Setting, schedule: Schedule, me
 
 
 def pipe_of(schedule: Schedule, setting: Setting) -> Pipe:
-    """The pipeline of a setting: by the schedule "looped" with a stage more than there are places."""
-    return Pipe(setting.stages + (schedule == "looped"), setting.stages, setting.micro_batches)
+    """The pipeline of a setting: by the schedule "looped" of a stage more than there are places, by "interleaved" of
+    several a place."""
+    stages = {"looped": setting.stages + 1, "interleaved": CHUNKS * setting.stages}.get(schedule, setting.stages)
+    return Pipe(stages, setting.stages, setting.micro_batches)
 
 
 def _alike(calls: Sequence[Costed], lowered: Sequence[int]) -> list[list[int]]:

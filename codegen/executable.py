@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from autopar.codegen.communicator import Communicator, Group
+from autopar.codegen.draws import SEED_BITS
 from autopar.codegen.lower import Lowered, Target, lower
 from autopar.core.mesh import Mesh
 from autopar.core.spec import Spec
@@ -149,22 +150,30 @@ def batch_spec(rank: int, axes: tuple[int, ...]) -> Spec:
     return Spec((axes, *((),) * (rank - 1)))
 
 
-def seeds_for(executable: Executable, seed: tuple[int, int], device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
-    """What each call takes behind its externals, of a base and a step: a seed, and one in host memory where it asks.
-    """
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """When random numbers are drawn: in which step of a model of seed `base`, for which of its micro-batches."""
+
+    base: int
+    step: int
+    micro: int = 0
+
+
+def seeds_for(executable: Executable, turn: Turn, device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
+    """What each call takes behind its externals: a seed, and one in host memory where it asks."""
     first, count = executable.first, executable.first + len(executable.calls)
-    seeds: tuple[tuple[Tensor, ...], ...] = tuple((one,) for one in seeds_of(*seed, count, device)[first:])
+    seeds: tuple[tuple[Tensor, ...], ...] = tuple((one,) for one in seeds_of(turn, count, device)[first:])
     if any(each.lowered.host_seeded for each in executable.calls):
-        on_host = seeds_of(*seed, count, torch.device("cpu"))[first:]
+        on_host = seeds_of(turn, count, torch.device("cpu"))[first:]
         seeds = tuple((*one, other) if each.lowered.host_seeded else one
                       for one, other, each in zip(seeds, on_host, executable.calls, strict=True))
     return seeds
 
 
-def seeds_of(base: int, step: int, segments: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The seed of each segment in one step, made on the device: a copy from the host would wait for its work.
+def seeds_of(turn: Turn, segments: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The seed of each segment, made on the device: a copy from the host would wait for its work.
 
     Every other place in memory is left out: compiled code copies arguments that are not aligned to 16 bytes.
     """
-    first = (base * 1_000_003 + step) * 1_009
+    first = (turn.base * 1_000_003 + turn.step) * 1_009 % 2 ** (SEED_BITS - 1) + (turn.micro << SEED_BITS)
     return torch.arange(first, first + segments, device=device).repeat_interleave(2)[::2].unbind()

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from autopar.codegen.collectives import ReduceGradients, Reshard
 from autopar.codegen.communicator import Axes, Communicator
+from autopar.codegen.draws import Samples
 from autopar.codegen.site import Draws, Site
 from autopar.codegen.substitute import substitute
 from autopar.core.reshard import Price, cheapest_path
@@ -51,7 +52,8 @@ class Lowered:
 @dataclass(frozen=True, eq=False)
 class Target:
     """For what is lowered: the decision, this rank's groups, the price that chose the paths, the device, how attention
-    draws its dropout, and who sums the gradients of replicated parameters: the segment, or whoever runs it."""
+    draws its dropout, who sums the gradients of replicated parameters: the segment, or whoever runs it; and which
+    samples of a batch a micro-batch's program has."""
 
     decision: Decision
     communicator: Communicator
@@ -60,6 +62,7 @@ class Target:
     inputs: dict[fx.Node, Spec] = field(default_factory=dict)
     draws: Draws = "by element"
     sums: Sums = "inside"
+    samples: Samples | None = None
 
 
 def lower(segment: Segment, exports: tuple[fx.Node, ...], target: Target) -> Lowered:
@@ -146,11 +149,11 @@ class _Lowering:
                 bucket = buckets.setdefault(() if node in self.outside else axes, [])
                 if (node, with_summed(start, axes)) not in bucket:
                     bucket.append((node, with_summed(start, axes)))
+        arrived = {node: self.made[node, self.sources[node]] for node in wanted}
         for axes, members in buckets.items():
-            self._receive_bucket(axes, members)
+            self._receive_bucket(axes, members, [arrived[node] for node, _ in members])
 
-    def _receive_bucket(self, axes: tuple[int, ...], members: list[tuple[fx.Node, Spec]]) -> None:
-        raw = [self.made[node, self.sources[node]] for node, _ in members]
+    def _receive_bucket(self, axes: tuple[int, ...], members: list[tuple[fx.Node, Spec]], raw: list[fx.Node]) -> None:
         if axes:
             summed = self._call(ReduceGradients(axes, self.target.communicator), f"reduce_gradients_{_digits(axes)}",
                                 (tuple(raw),))
@@ -242,7 +245,7 @@ class _Lowering:
     def _emit(self, node: fx.Node, args: Any, kwargs: Any, op: Op, index: int) -> fx.Node:
         spec = self._spec_of(node, op, index)
         site = Site(node, op, self.decision.assignments[index], spec, self.factored, self.target.communicator,
-                    self.target.draws)
+                    self.target.draws, self.target.samples)
         module = substitute(site, self.place[node])
         if module is not None:
             kwargs = {**kwargs, **{name: seed for name, seed in self.seeds.items() if hasattr(module, f"takes_{name}")}}

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,13 +17,15 @@ from torch import Tensor, fx, nn
 
 from autopar.codegen.channels import Message, Post
 from autopar.codegen.communicator import Axes, Communicator, Group
+from autopar.codegen.control import alarm
 from autopar.codegen.engine import Engine, Parameters
-from autopar.codegen.executable import Executable, Values, seeds_for
+from autopar.codegen.executable import Executable, Turn, Values, seeds_for
 from autopar.codegen.primitives import all_gather, all_reduce
 from autopar.codegen.stages import Port, Stage
+from autopar.codegen.stopwatch import Stopwatch
 from autopar.codegen.tape import Pass, Sums, at_rest, rest_of
 from autopar.codegen.travel import local_of
-from autopar.core.errors import AutoparError
+from autopar.core.errors import AutoparError, RankLost
 from autopar.core.schedules import Action, Pipe, Schedule, actions
 from autopar.passes.decision import Decision
 from autopar.passes.micro import Count
@@ -85,23 +88,26 @@ class Step:
     engines: dict[int, Engine]
     sums: dict[int, Sums]
     given: list[Values]
-    seed: tuple[int, int]
+    turn: Turn
     scale: float
     flights: dict[tuple[int, int], _Flight] = field(default_factory=dict)
     coming: dict[Action, Message] = field(default_factory=dict)
+    watch: Stopwatch | None = None
     losses: list[Values] = field(default_factory=list)
 
     def play(self, order: Sequence[Action]) -> None:
         """Run all actions."""
         last = {action.stage: action for action in order if action.phase == "backward"}
-        for action, following in zip(order, [*order[1:], None], strict=True):
+        for number, (action, following) in enumerate(zip(order, [*order[1:], None], strict=True)):
             self._expect(action)
             if following is not None:
                 self._expect(following)
-            if action.phase == "forward":
-                self._forward(action)
-            else:
-                self._backward(action, action is last[action.stage])
+            came = self.coming.pop(action).wait()
+            with nullcontext() if self.watch is None else self.watch.over(number, action.phase):
+                if action.phase == "forward":
+                    self._forward(action, came)
+                else:
+                    self._backward(action, came, action is last[action.stage])
         self.line.post.finish()
 
     def _stage(self, action: Action) -> Stage:
@@ -118,16 +124,15 @@ class Step:
         inside = 0 <= cut < self.staged.pipe.stages - 1
         self.coming[action] = self.line.post.receive(cut, action.phase, ports) if inside else Message([], [])
 
-    def _forward(self, action: Action) -> None:
+    def _forward(self, action: Action, arrived: list[Tensor]) -> None:
         stage = self._stage(action)
-        came = dict(zip((port.node for port in stage.received), self.coming.pop(action).wait(), strict=True))
+        came = dict(zip((port.node for port in stage.received), arrived, strict=True))
         if self.staged.training:
             for port in _differentiable(stage.received):
                 came[port.node].requires_grad_()
-        step = self.seed[1] * self.staged.pipe.micro_batches + action.micro
         engine = self.engines[stage.index]
         running = Pass(engine, {**self.given[action.micro], **came},
-                       seeds_for(stage.executable, (self.seed[0], step), self.line.post.device))
+                       seeds_for(stage.executable, replace(self.turn, micro=action.micro), self.line.post.device))
         live = self.staged.training and torch.is_grad_enabled()
         values = {**came, **(running.forward() if live else engine.run(running.given, running.seeds, None))}
         if action.stage < self.staged.pipe.stages - 1:
@@ -137,14 +142,11 @@ class Step:
         if live:
             self.flights[action.stage, action.micro] = _Flight(running, came, values)
 
-    def _backward(self, action: Action, last: bool) -> None:
+    def _backward(self, action: Action, grads: list[Tensor], last: bool) -> None:
         stage, flight = self._stage(action), self.flights.pop((action.stage, action.micro))
         sent, came = _differentiable(stage.sent), _differentiable(stage.received)
         if action.stage == self.staged.pipe.stages - 1:
-            self.coming.pop(action)
             grads = [torch.full_like(flight.made[port.node], self.scale) for port in sent]
-        else:
-            grads = self.coming.pop(action).wait()
         passed = {port.node: grad for port, grad in zip(sent, grads, strict=True) if port.node in flight.came}
         roots = {port.node: grad for port, grad in zip(sent, grads, strict=True)
                  if port.node not in flight.came and flight.made[port.node].requires_grad}
@@ -176,12 +178,25 @@ class Pipeline:
     engines: dict[int, Engine] = field(default_factory=dict)
     scales: list[float] = field(default_factory=lambda: [1.0])
 
-    def __call__(self, staged: Staged, given: Values, seed: tuple[int, int]) -> Values:
-        """The program's outputs; the loss brings the gradients along when its backward is called."""
+    def __call__(self, staged: Staged, given: Values, turn: Turn, watch: Stopwatch | None = None) -> Values:
+        """The program's outputs; the loss brings the gradients along when its backward is called. A `watch` is held
+        over each action.
+
+        Other ranks wait for what this one sends: where it fails all are told. Raises RankLost where another is gone.
+        """
+        try:
+            return self._stepped(staged, given, turn, watch)
+        except RankLost:
+            raise
+        except BaseException:
+            alarm()
+            raise
+
+    def _stepped(self, staged: Staged, given: Values, turn: Turn, watch: Stopwatch | None) -> Values:
         scale, order = self.scales[0], actions(staged.schedule, staged.pipe, self.line.place)
         engines = {stage.index: self._engine(stage) for stage in staged.stages}
         sums = {index: Sums(self.bringing, staged.pipe.micro_batches > 1) for index in engines}
-        step = Step(staged, self.line, engines, sums, self._parts(staged, given), seed, scale)
+        step = Step(staged, self.line, engines, sums, self._parts(staged, given), turn, scale, watch=watch)
         try:
             for engine in engines.values():
                 engine.release()

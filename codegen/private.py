@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,8 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from autopar.codegen.stand_in import received
 
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+"""Torch's attention kernels, those first that are usually quicker; the formula last."""
 _OPS = torch.ops._c10d_functional
 _ATEN = torch.ops.aten
 
@@ -201,8 +202,10 @@ Partition = Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule
 """What cuts a joint graph with so many forward outputs into a forward and a backward."""
 
 
-def inductor(graph: fx.GraphModule, inputs: list[Any], partition: Partition | None = None) -> Callable[..., Any]:
-    """A graph that Dynamo traced, its forward and its backward compiled by Inductor.
+def inductor(graph: fx.GraphModule, inputs: list[Any], attention: Sequence[SDPBackend],
+             partition: Partition | None = None) -> Callable[..., Any]:
+    """A graph that Dynamo traced, its forward and its backward compiled by Inductor; attention is by the first of the
+    kernels that takes its operands.
 
     The backward is compiled along with the forward, where failures can be told by name, rather than when it first
     runs. It does not write over what the forward saved ("donated" it), so that `retain_graph=True` works as ever: to
@@ -226,7 +229,7 @@ def inductor(graph: fx.GraphModule, inputs: list[Any], partition: Partition | No
     width = getattr(pick_vec_isa(), "bit_width", lambda: None)()
     chosen = {} if partition is None else {"custom_partitioner_fn": _partitioner(partition)}
     with (config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False),
-          inductor_config.patch({"cpp.simdlen": width, **chosen}), sdpa_kernel(ATTENTION, set_priority=True)):
+          inductor_config.patch({"cpp.simdlen": width, **chosen}), sdpa_kernel(list(attention), set_priority=True)):
         compiled: Any = compile_fx(graph, inputs, inner_compile=donating_nothing)
     return compiled  # type: ignore[no-any-return]
 

@@ -104,16 +104,34 @@ class Shapes(fx.Interpreter):
         return module.result(*args)
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What a call comes to: seconds of each phase, bytes it keeps in between, bytes of a device in its backward."""
+
+    name: str
+    forward: Sums
+    backward: Sums
+    saved: float
+    held: float
+
+
 def reprice(executable: Executable, setting: Setting) -> tuple[Priced, Memory]:
     """Seconds a step and bytes a device of a lowered program."""
-    compute = inline = exposed = 0.0
+    return itemised(executable, setting)[:2]
+
+
+def itemised(executable: Executable, setting: Setting) -> tuple[Priced, Memory, tuple[Item, ...]]:
+    """As `reprice`, and what it is made of, call by call."""
     tallies = tally_calls(executable, setting)
     kept = saved_by(executable, setting, tallies)
-    for tally, each in zip(tallies, kept, strict=True):
-        for sums in (tally.forward.sums, _with_more(tally.backward.sums, each.seconds)):
-            compute, inline, exposed = compute + sums.work, inline + sums.inline, exposed + sums.exposed
-    memory = _fullest(executable, setting, tallies, kept)
-    return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory
+    moments = _moments(executable, setting, tallies, kept)
+    items = tuple(Item(call.segment.name, tally.forward.sums, _with_more(tally.backward.sums, each.seconds), each.saved,
+                       moment.total)
+                  for call, tally, each, moment in zip(executable.calls, tallies, kept, moments[1:], strict=True))
+    phases = [sums for item in items for sums in (item.forward, item.backward)]
+    compute, inline, exposed = (sum(getattr(sums, part) for sums in phases) for part in ("work", "inline", "exposed"))
+    memory = max(moments, key=lambda moment: moment.total)
+    return Priced(compute, inline, exposed, _optimizer_seconds(executable, setting), memory.total), memory, items
 
 
 def _with_more(sums: Sums, seconds: float) -> Sums:
@@ -292,8 +310,8 @@ def copied(decision: Decision, node: fx.Node) -> bool:
     return not decision.kept or bool(decision.storage[node].gathered)
 
 
-def _fullest(executable: Executable, setting: Setting, tallies: list[Tally], saves: list[Held]) -> Memory:
-    """The bytes of the fullest moment: the backward of each call in turn, of which the last comes first."""
+def _moments(executable: Executable, setting: Setting, tallies: list[Tally], saves: list[Held]) -> list[Memory]:
+    """The bytes between backward and forward, and in the backward of each call, of which the last comes first."""
     decision = executable.decision
     kept = {node: held(decision.context, node, storage, decision.mesh, setting.optimizer.state_bytes)
             for node, storage in decision.storage.items()}
@@ -309,4 +327,4 @@ def _fullest(executable: Executable, setting: Setting, tallies: list[Tally], sav
         working = tally.working + each.transient + sum(kept[n].working for n in nodes)
         found.append(Memory(parameters, gradients, state, saved, working))
         gradients -= sum(kept[node].gradient for node in nodes if last[node] == place)
-    return max(found, key=lambda memory: memory.total)
+    return found

@@ -17,14 +17,16 @@ from torch.utils.data import DistributedSampler
 
 from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
+from autopar.codegen.control import control
 from autopar.codegen.engine import Engine, Parameters
-from autopar.codegen.executable import Executable, Values, seeds_for
+from autopar.codegen.executable import Executable, Turn, Values, seeds_for
 from autopar.codegen.first_order import first_order, no_backward
 from autopar.codegen.groups import ParameterGroup, mangled, wrap
 from autopar.codegen.offers import meet
 from autopar.codegen.outputs import output_of
 from autopar.codegen.parameters import Stored, at_rest, load_plain, to_plain
 from autopar.codegen.paths import Under
+from autopar.codegen.ranks import on_rank_zero
 from autopar.codegen.replay import Launches, Replays
 from autopar.codegen.sampler import sampler_over
 from autopar.codegen.sight import Seen, Sight
@@ -68,6 +70,7 @@ class ParallelModule(Compiled):
 
     plan: Any
     reporter: Callable[[Seen], Any] | None = None
+    drawer: Callable[[Any, list[Seen]], None] | None = None
 
     def __init__(self, plain: nn.Module, decision: Decision, site: Site, batches: Batches, values: FirstValues,
                  holding: Holding | None = None) -> None:
@@ -130,9 +133,11 @@ class ParallelModule(Compiled):
         """The outputs of a program, for autograd to come back to where the model trains."""
         if self._pipeline is not None:
             with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-                return self._pipeline(executable, given, (self._seed, self._steps))  # type: ignore[no-any-return]
+                watch = self._sight.begin(self._site.device) if torch.is_grad_enabled() else None
+                return self._pipeline(  # type: ignore[no-any-return]
+                    executable, given, Turn(self._seed, self._steps), watch)
         engine = self._engines.setdefault(id(executable), Engine(executable, self._parameters_at))
-        seeds = seeds_for(executable, (self._seed, self._steps), self._site.device)
+        seeds = seeds_for(executable, Turn(self._seed, self._steps), self._site.device)
         if not (self.training and torch.is_grad_enabled()):
             with torch.no_grad():
                 return engine.run(given, seeds, None)
@@ -281,9 +286,25 @@ class ParallelModule(Compiled):
         nothing to compare.
         """
         if self.reporter is None or dist.get_world_size() == 1:
-            raise AutoparError("a report tells of segments, which run in stages or on one rank otherwise than they are "
-                               "priced; compile for two ranks or more, in a mode without stages")
+            raise AutoparError("a report tells of segments, which run on one rank otherwise than they are priced; "
+                               "compile for two ranks or more")
         return self.reporter(self._sight.seen(self._site.device))
+
+    def timeline(self, path: Any) -> None:
+        """Draw a step as it was predicted and, beneath it, as it was seen on each rank, to a page (`.html`) or a
+        picture (`.png`) that rank 0 writes; collective. Raises AutoparError, before two steps too."""
+        meet("timeline")
+        seen = self._sight.seen(self._site.device)
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, seen, group=control())
+
+        def draw() -> str:
+            if self.drawer is None or not all(each.laps for each in ranks) or math.isnan(seen.step_s):
+                raise AutoparError("nothing was seen of a step yet; train for three steps on two ranks or more, then "
+                                   "draw the timeline")
+            self.drawer(path, ranks)
+            return ""
+        on_rank_zero(draw)
 
     def random_state(self) -> dict[str, int]:
         """What dropout is drawn from: the seed and the number of training steps so far."""

@@ -39,12 +39,19 @@ class Sight:
     began: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
 
     def look(self, step: Stepping, device: torch.device) -> Stepping:
-        """`step`, watched if it is the pass to watch: one after all is compiled, before any is recorded."""
+        """`step`, watched if it is the pass to watch."""
+        watch = self.begin(device)
+        if watch is not None and isinstance(step, Pass):
+            step.tape.watch = watch
+        return step
+
+    def begin(self, device: torch.device) -> Stopwatch | None:
+        """A stopwatch for a pass that begins, if it is the one to watch: one after all is compiled, before any is
+        recorded."""
         self.passes += 1
         self.began.append(time.perf_counter())
-        if self.passes == WATCHED and isinstance(step, Pass):
-            self.watch = step.tape.watch = Stopwatch(device)
-        return step
+        self.watch = Stopwatch(device) if self.passes == WATCHED else self.watch
+        return self.watch if self.passes == WATCHED else None
 
     def seen(self, device: torch.device) -> Seen:
         """What there is to tell by now."""

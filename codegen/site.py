@@ -8,9 +8,11 @@ from typing import Literal
 from torch import fx
 
 from autopar.codegen.communicator import Communicator, Group
+from autopar.codegen.draws import Part, Samples
 from autopar.core.spec import Spec
 from autopar.passes.exchanges import Cut
 from autopar.passes.factors import Factored
+from autopar.passes.micro import SAMPLE_STRIDE
 from autopar.passes.ops import Op
 from autopar.passes.strategies import Assignment
 
@@ -20,7 +22,10 @@ Draws = Literal["by element", "by kernel"]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where an op stands: its node, the op it is in, what each axis does, the spec of its result."""
+    """Where an op stands: its node, the op it is in, what each axis does, the spec of its result.
+
+    `samples` are those of a micro-batch, where its program is one's.
+    """
 
     node: fx.Node
     op: Op
@@ -29,6 +34,13 @@ class Site:
     factored: Factored
     communicator: Communicator
     draws: Draws = "by element"
+    samples: Samples | None = None
+
+    @property
+    def part(self) -> Part | None:
+        """What of the whole batch's result the node's is, where its program is a micro-batch's and it has samples."""
+        stride = self.node.meta.get(SAMPLE_STRIDE)
+        return Part(self.samples, stride) if self.samples is not None and stride is not None else None
 
     def axes(self, *letters: str) -> tuple[int, ...]:
         """The axes over any factor of `letters`."""

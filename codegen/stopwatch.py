@@ -17,7 +17,7 @@ Mark = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Lap:
-    """One call in one phase: seconds that it ran, and at which it began."""
+    """One call in one phase: seconds that it ran, and from the start of the pass to when it began."""
 
     place: int
     phase: Phase
@@ -27,11 +27,15 @@ class Lap:
 
 @dataclass(eq=False)
 class Stopwatch:
-    """Marks around the calls of one pass on `device`; reading them waits for the device."""
+    """Marks around the calls of one pass on `device`, from its making on; reading them waits for the device."""
 
     device: torch.device
     marks: list[tuple[int, Phase, Mark, Mark]] = field(default_factory=list)
     origin: torch.cuda.Event | None = None
+    start: Mark = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self._mark()
 
     @contextmanager
     def over(self, place: int, phase: Phase) -> Iterator[None]:
@@ -53,7 +57,8 @@ class Stopwatch:
         """All calls that ran, in order."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return [Lap(place, phase, start(), end() - start()) for place, phase, start, end in self.marks]
+        first = self.start()
+        return [Lap(place, phase, start() - first, end() - start()) for place, phase, start, end in self.marks]
 
 
 def between(laps: list[Lap]) -> dict[Phase, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from autopar.codegen.attention import KernelAttention, fits
 from autopar.codegen.batch_norm import Normalize, statistics
 from autopar.codegen.collectives import convert
 from autopar.codegen.communicator import Group
+from autopar.codegen.draws import GlobalIndex, draw, keep_mask
 from autopar.codegen.heads import linear_cross_entropy
 from autopar.codegen.site import Site
 from autopar.codegen.vocabulary import cross_entropy, embedding, nll
@@ -80,51 +82,19 @@ def _like(parameter: Tensor | None, statistic: Tensor | None) -> Tensor | None:
     return parameter if parameter is None or statistic is None else parameter.to(statistic.dtype)
 
 
-_MASK32 = 0xFFFFFFFF
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers (in int64) in which every bit depends on every other: MurmurHash3's finaliser."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
-    return x ^ (x >> 16)
-
-
-def draw(index: Tensor, seed: Tensor, salt: int) -> Tensor:
-    """Uniform 32-bit numbers: a function of the elements' global `index`, the step's `seed` and the op's `salt`."""
-    start = _mixed((seed + salt * 0x9E3779B1) & _MASK32)
-    return _mixed(_mixed((index & _MASK32) ^ start) ^ (index >> 32) & _MASK32)
-
-
-def keep_mask(index: Tensor, seed: Tensor, salt: int, rate: float) -> Tensor:
-    """Which elements dropout keeps."""
-    return draw(index, seed, salt) >= int(rate * 2**32)
-
-
-class GlobalIndex(nn.Module):
-    """The index that each element of a shard has in the whole tensor, whose dims are cut over one group each."""
-
-    def __init__(self, whole: tuple[int, ...], groups: tuple[Group, ...]) -> None:
-        super().__init__()
-        self.whole, self.groups = whole, groups
-        self.local = tuple(size // group.size for size, group in zip(whole, groups, strict=True))
-        self.parts = tuple(group.index for group in groups)
-        self.strides = [math.prod(whole[i + 1:]) for i in range(len(whole))]
-
-    def forward(self, device: torch.device) -> Tensor:
-        index = torch.zeros((), dtype=torch.int64, device=device)
-        for size, part, stride in zip(self.local, self.parts, self.strides, strict=True):
-            index = index.unsqueeze(-1) + (torch.arange(size, device=device) + part * size) * stride
-        return index
-
-
-def _global_index(sizes: tuple[int, ...], dims: tuple[tuple[int, ...], ...], site: Site) -> GlobalIndex:
-    return GlobalIndex(sizes, tuple(site.group(axes) for axes in dims))
-
-
 def _index_of(site: Site) -> GlobalIndex:
     """Of the elements of what the op makes."""
-    return _global_index(site.factored.refined(site.node), site.spec.dims, site)
+    groups = tuple(site.group(axes) for axes in site.spec.dims)
+    return GlobalIndex(site.factored.refined(site.node), groups, site.part)
+
+
+def _index_of_weights(site: Site, keys: int) -> GlobalIndex:
+    """Of an attention's weights, (B, H, Q, K), which are cut as what it makes, (B, H, Q, E), but for the last dim."""
+    *rows, last = site.factored.dims[site.node]
+    count, width = sum(map(len, rows)), math.prod(site.factored.sizes[f] for f in last)
+    part = replace(site.part, stride=site.part.stride // width * keys) if site.part is not None else None
+    groups = tuple(site.group(axes) for axes in (*site.spec.dims[:count], ()))
+    return GlobalIndex((*site.factored.refined(site.node)[:count], keys), groups, part)
 
 
 class Dropout(nn.Module):
@@ -137,7 +107,7 @@ class Dropout(nn.Module):
         self.index, self.salt = index, salt
 
     def forward(self, x: Tensor, rate: float, train: bool, seed: Tensor) -> Tensor:
-        keep = keep_mask(self.index(x.device), seed, self.salt, rate).reshape(x.shape)
+        keep = keep_mask(self.index(x.device, seed), seed, self.salt, rate).reshape(x.shape)
         return torch.where(keep, x / (1.0 - rate), torch.zeros((), dtype=x.dtype, device=x.device))
 
     def result(self, x: Tensor, *_: Any) -> Tensor:
@@ -155,7 +125,7 @@ class Uniform(nn.Module):
         self.index, self.salt, self.shape, self.dtype = index, salt, shape, dtype
 
     def forward(self, *_: Any, seed: Tensor, **__: Any) -> Tensor:
-        drawn = draw(self.index(seed.device), seed, self.salt) >> 8
+        drawn = draw(self.index(seed.device, seed), seed, self.salt) >> 8
         return (drawn.to(torch.float64) / 2**24).to(self.dtype).reshape(self.shape)
 
     def result(self, *_: Any) -> Tensor:
@@ -186,7 +156,7 @@ class Attention(nn.Module):
             hides = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if hides else scores + attn_mask
         weights = scores.softmax(-1)
-        keep = keep_mask(self.index(query.device), seed, self.salt, dropout_p)
+        keep = keep_mask(self.index(query.device, seed), seed, self.salt, dropout_p)
         return torch.where(keep, weights / (1.0 - dropout_p), torch.zeros_like(weights)) @ value
 
     def result(self, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
@@ -219,8 +189,7 @@ def _attention(site: Site, salt: int) -> nn.Module | None:
     assert query is not None and key is not None and value is not None
     if site.draws == "by kernel" and fits(query, value, mask):
         return KernelAttention(site.group(site.axes("b", "h")).index, salt)
-    weights = _global_index((*query.shape[:3], key.shape[2]), (site.axes("b"), site.axes("h"), (), ()), site)
-    return Attention(weights, salt)
+    return Attention(_index_of_weights(site, key.shape[2]), salt)
 
 
 SUBSTITUTES: dict[Any, Callable[[Site, int], nn.Module | None]] = {

@@ -36,6 +36,8 @@ Stored = Literal["by factor", "plain"]
 Head = Literal["auto", "plain", "chunked"]
 """Where a head, a linear layer and its cross entropy, goes in chunks: where the cost layer says it wins, nowhere,
 wherever it can."""
+BatchNorm = Literal["whole", "micro-batch"]
+"""Of what batch norm takes its statistics: of the whole batch, or of each micro-batch by itself."""
 Kind = Literal["parameter", "buffer", "input", "constant"]
 Returns = Literal["loss", "all"]
 
@@ -68,6 +70,7 @@ class Program:
     lying: frozenset[int] = frozenset()
     stored: Stored = "by factor"
     head: Head = "auto"
+    batch_norm: BatchNorm = "whole"
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`."""

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from autopar.passes.capture import Program
 from autopar.passes.functional import emit, value_of
+from autopar.passes.rules.nodes import shape
 from autopar.passes.rules.table import rule_of
 
 aten = torch.ops.aten
@@ -28,6 +29,7 @@ COMPOSITES = {
     aten.view_as.default, aten.vstack.default,
 }
 """Ops that torch itself writes out, so that the same kernels run."""
+ATTENTION = aten.scaled_dot_product_attention.default
 PARTS = {aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default}
 
 
@@ -36,17 +38,27 @@ class TakeApart:
     """Program -> Program, the same function, with composites that have no rule written out.
 
     Parts of different sizes become slices, those of `unbind` single places; equal parts stay, as they are renamings.
+    In attention, keys and values that groups of heads share are repeated for each of them: what is cut are the groups.
     """
 
     def __call__(self, program: Program) -> Program:
         for node in [n for n in program.graph.nodes if n.op == "call_function"]:
-            if node.target in COMPOSITES and rule_of(node) is None:
-                _replace(node, written_out(node))
-            elif node.target is aten.unbind.int:
-                _replace(node, _places(node))
-            elif node.target in PARTS and len({v.shape for v in node.meta["val"]}) > 1:
-                _replace(node, _slices(node))
+            made = _parts_of(node)
+            if made is not None:
+                _replace(node, made)
+            elif node.target is ATTENTION and node.kwargs.get("enable_gqa") and len(shape(node)) == 4:
+                _ungroup(node)
         return program
+
+
+def _parts_of(node: fx.Node) -> Any:
+    """What a composite is replaced by, put before it; None where it stays."""
+    if node.target in COMPOSITES and rule_of(node) is None:
+        return written_out(node)
+    if node.target is aten.unbind.int:
+        return _places(node)
+    uneven = node.target in PARTS and len({v.shape for v in node.meta["val"]}) > 1
+    return _slices(node) if uneven else None
 
 
 def written_out(node: fx.Node) -> Any:
@@ -73,6 +85,23 @@ def _slices(node: fx.Node) -> list[fx.Node]:
     ends = list(accumulate(v.shape[dim] for v in node.meta["val"]))
     return [emit(node, aten.slice.Tensor, node.args[0], dim, start, end)
             for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _ungroup(node: fx.Node) -> None:
+    """Give every head its own keys and values; a head's group is the outer factor of its number."""
+    query, *shared = node.args[:3]
+    heads = shape(query)[1]
+    repeated = [x if shape(x)[1] == heads else _repeated(node, x, heads // shape(x)[1]) for x in shared]
+    node.args = (query, *repeated, *node.args[3:])
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name != "enable_gqa"}
+
+
+def _repeated(before: fx.Node, x: Any, times: int) -> fx.Node:
+    """(B, G, K, D) -> (B, G times, K, D), put before a node."""
+    batch, groups, length, width = shape(x)
+    each = emit(before, aten.expand.default, emit(before, aten.unsqueeze.default, x, 2),
+                [batch, groups, times, length, width])
+    return emit(before, aten.reshape.default, each, [batch, groups * times, length, width])
 
 
 def _replace(node: fx.Node, made: Any) -> None:

@@ -27,7 +27,8 @@ IN_ORDER = {
     aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unflatten.int, aten.contiguous.default,
     aten.clone.default, aten.detach.default,
 }
-PERMUTED = {aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default}
+PERMUTED = {aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default,
+            aten.matrix_H.default}
 SPLITS = {aten.split.Tensor, aten.chunk.default}
 
 

@@ -86,7 +86,8 @@ def _latest(node: fx.Node, current: dict[fx.Node, fx.Node]) -> fx.Node:
 # Subgraphs
 
 def inline(graph: fx.Graph) -> None:
-    """Replace calls of subgraphs under a gradient switch by their nodes, detached where the switch is off.
+    """Replace calls of subgraphs under a gradient switch by their nodes; where the switch is off their results are
+    detached, and so is what they write to buffers.
 
     Raises CaptureError where one is under autocast: its casts are in no graph.
     """
@@ -103,6 +104,8 @@ def inline(graph: fx.Graph) -> None:
         for copied in values.values():
             if isinstance(copied, fx.Node):
                 copied.meta.setdefault("path", node.meta.get("path", ""))
+                if not enabled and copied.op == "call_function" and mutates(copied.target):
+                    _detach_read(copied)
         results = list(made) if isinstance(made, (tuple, list)) else [made]
         results = [r if enabled else emit(node, aten.detach.default, r) for r in results]
         for user in list(node.users):
@@ -111,6 +114,14 @@ def inline(graph: fx.Graph) -> None:
             graph.erase_node(user)
         graph.erase_node(node)
         graph.erase_node(submodule)
+
+
+def _detach_read(node: fx.Node) -> None:
+    """Let a call that writes to a tensor read others detached."""
+    written = node.kwargs.get("out", node.args[0])
+    read = [x for x in dict.fromkeys(node.all_input_nodes) if x is not written and value_of(x) is not None]
+    for x in read:
+        node.replace_input_with(x, emit(node, aten.detach.default, x))
 
 
 def _without_autocast(node: fx.Node) -> tuple[Any, ...]:

@@ -56,36 +56,59 @@ def shared_seconds(price: Price, mesh: Mesh, primitive: Primitive, axes: Axes, n
     return s_per_byte * nbytes + latency
 
 
+Pair = tuple[Seconds, Seconds]
+"""Seconds forward and backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Travel:
+    """Seconds of a parameter by how it rests: of the gathers and scattered sums that all share who read it in a segment
+    (stored, 1), of the sums over further axes (stored, targets), and of the reshards that are left (stored, targets),
+    which do not hide. `summed[i][j]` are those axes of storage i and target j: what is summed over the same axes is
+    summed once."""
+
+    gathers: Pair
+    sums: Pair
+    inline: Pair
+    summed: tuple[tuple[Axes, ...], ...]
+
+    @property
+    def hidden(self) -> Pair:
+        """What may hide, for a target alone."""
+        return self.gathers[0] + self.sums[0], self.gathers[1] + self.sums[1]
+
+
 def parameter_seconds(stored: Sequence[Storage], targets: Sequence[States], cargo: Cargo, mesh: Mesh, price: Price,
-                      together: Together) -> tuple[tuple[Seconds, Seconds], tuple[Seconds, Seconds]]:
-    """Forward and backward (stored, targets), of gathers and sums that may hide, then of the reshards that are left.
+                      together: Together) -> Travel:
+    """What brings a parameter from each storage to each target.
 
     A gathered parameter is gathered again in the backward unless it is kept. Its gradient is scattered before it is
     summed over further axes, which then have a part of it to sum.
     """
     bandwidth = _bandwidth(cargo, mesh, price, together)
     partial = [tuple(axis for axis, state in enumerate(states) if state == "G") for states in targets]
-    sums = {axes: i for i, axes in enumerate(dict.fromkeys(partial))}
+    asked = {axes: i for i, axes in enumerate(dict.fromkeys(partial))}
     starts: dict[States, int] = {}
-    row = np.zeros((len(stored), len(sums)), dtype=np.intp)
-    forward, backward = np.zeros((len(stored), 1)), np.zeros(row.shape)
+    row, found = np.zeros((len(stored), len(asked)), dtype=np.intp), []
+    forward, backward, sums = np.zeros((len(stored), 1)), np.zeros((len(stored), 1)), np.zeros(row.shape)
     for i, storage in enumerate(stored):
         used, axes = storage.used(cargo.differentiable), storage.gathered
         parts = math.prod(size for size, state in zip(mesh.shape, used, strict=True) if isinstance(state, int))
         gather = bandwidth("all_gather", axes, parts)
         again = 0.0 if storage.kept else together.times * gather
         forward[i] = gather if storage.kept else again
-        scatter = again + bandwidth("reduce_scatter", axes, parts) if cargo.differentiable else 0.0
-        for j, asked in enumerate(sums):
-            summed = tuple(axis for axis in asked if used[axis] == "R")
-            backward[i, j] = scatter + bandwidth("all_reduce", summed, parts * mesh.extent(axes))
+        backward[i] = again + bandwidth("reduce_scatter", axes, parts) if cargo.differentiable else 0.0
+        for j, wanted in enumerate(asked):
+            summed = tuple(axis for axis in wanted if used[axis] == "R")
+            sums[i, j] = bandwidth("all_reduce", summed, parts * mesh.extent(axes))
             start = tuple("G" if axis in summed else state for axis, state in enumerate(used))
             row[i, j] = starts.setdefault(start, len(starts))
+        found.append(tuple(tuple(axis for axis in wanted if used[axis] == "R") for wanted in partial))
     way = routes(len(cargo.sizes), mesh, cargo, price).seconds(list(starts), targets)
-    column = [sums[axes] for axes in partial]
+    column = [asked[axes] for axes in partial]
     taken = row[:, column], np.arange(len(targets))
-    hidden = np.broadcast_to(forward, (len(stored), len(targets))), backward[:, column]
-    return hidden, (way[0][taken], way[1][taken])
+    return Travel((forward, backward), (np.zeros((len(stored), len(targets))), sums[:, column]),
+                  (way[0][taken], way[1][taken]), tuple(found))
 
 
 def _bandwidth(cargo: Cargo, mesh: Mesh, price: Price, together: Together) -> Callable[[Primitive, Axes, int], float]:

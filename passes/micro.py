@@ -2,12 +2,14 @@
 
 The loss of a batch is the sum of what its micro-batches return. A cross entropy's mean becomes a sum over a number
 that counts the whole batch's targets and is given to the program, as the constant that `Count` tells of; other means
-over samples are divided by the number of micro-batches. What mixes samples in another way, or follows a mean and is not
+over samples are divided by the number of micro-batches. Batch norm may be asked to take the statistics of each
+micro-batch, as one process does that adds up gradients. What mixes samples in another way, or follows a mean and is not
 linear, stands in the way of more than one micro-batch.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +42,8 @@ SCALED = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, at
           aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}
 """Ops that are linear in their first operand."""
 ADDED = {aten.add.Tensor, aten.sub.Tensor}
+SAMPLE_STRIDE = "sample_stride"
+"""In the meta of a micro-batch's nodes that have samples: the elements between two of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,11 +63,12 @@ class Count:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Micro:
-    """One of `parts` micro-batches as a program, and by constant what counts for it."""
+    """One of `parts` micro-batches, of `rows` samples each, as a program, and by constant what counts for it."""
 
     program: Program
     parts: int
     counts: dict[str, Count]
+    rows: int = 0
 
 
 def micro(context: Context, parts: int) -> Micro:
@@ -114,7 +119,7 @@ class _Cut:
                 self._share(node)
         made = replace(self.program, graph=self.graph, sources=self.program.sources | self.sources,
                        constants=self.program.constants | self.constants)
-        return Micro(made, self.parts, self.counts)
+        return Micro(made, self.parts, self.counts, size // self.parts)
 
     # What may be cut
 
@@ -150,7 +155,9 @@ class _Cut:
         if target in COUNTED:
             return argument(op.main, 3, "reduction", MEAN) in (MEAN, SUM) or any(f.summed for f in over)
         if target in MIXING and any(f.special for f in over):
-            raise self._mixed(op)
+            if self.program.batch_norm == "whole":
+                raise self._mixed(op)
+            return False
         if any(f.summed for f in over):
             if target not in AVERAGED | SUMMED and not _is_sum(op.main):
                 raise self._mixed(op)
@@ -158,8 +165,9 @@ class _Cut:
         return False
 
     def _mixed(self, op: Op) -> AutoparError:
+        way = ", or batch_norm=\"micro-batch\" for statistics of each" if op.main.target in MIXING else ""
         return AutoparError(f"{op.name} ({str(op.main.target).removeprefix('aten.')}) mixes samples, so that a batch "
-                            "is more than its micro-batches; use 1 micro-batch")
+                            f"is more than its micro-batches; use 1 micro-batch{way}")
 
     def _check_linear(self, node: fx.Node, after: set[fx.Node]) -> None:
         """Raises AutoparError unless `node` makes of parts of its operands that part of its result."""
@@ -178,6 +186,9 @@ class _Cut:
     def _copy(self, node: fx.Node) -> None:
         made = self.graph.node_copy(node, self.made.__getitem__)
         made.meta = dict(node.meta)
+        if self._has_batch(node):
+            flat = self.factored.flat(node)
+            made.meta[SAMPLE_STRIDE] = math.prod(self.factored.refined(node)[flat.index(self.batch) + 1:])
         self.made[node] = made
         if node.op == "placeholder":
             self._placeholder(node, made)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -24,7 +25,7 @@ from autopar.passes.choices import op_choices, scaled, storage_choices
 from autopar.passes.costs import Optimizer, slowest
 from autopar.passes.decision import Context, Decision
 from autopar.passes.exchanges import with_exchanges
-from autopar.passes.gathering import Together, latency_share, parameter_seconds
+from autopar.passes.gathering import Together, Travel, latency_share, parameter_seconds
 from autopar.passes.modes import Mode
 from autopar.passes.moments import moments
 from autopar.passes.ops import Op
@@ -125,7 +126,7 @@ class _Builder:
     assigned: dict[Key, tuple[Assignment, ...]] = field(default_factory=dict)
     stored: dict[Key, tuple[Storage, ...]] = field(default_factory=dict)
     tables: dict[Key, Tables] = field(default_factory=dict)
-    parameter_tables: dict[Key, tuple[Tables, Tables]] = field(default_factory=dict)
+    travels: dict[Key, Travel] = field(default_factory=dict)
 
     def build(self) -> Problem:
         """Ops and parameters first, then what flows between them."""
@@ -179,7 +180,9 @@ class _Builder:
         self._add_node(key, factored.program.sources[node.name].name, choices, count)
 
     def _flows(self, arrival: Arrival, together: Together) -> Iterator[tuple[Flow, Ends]]:
-        """A value that ops make is one flow; a parameter is two, of what may hide behind compute and of what may not.
+        """A value that ops make is one flow, a parameter one of what may hide behind compute and one of what may not.
+
+        Of several who read it what may hide is more: what they share is done once.
         """
         specs: dict[States, int] = {}
         consumers = tuple(Consumer(self.number[reader.key], self._numbered(reader.key, reader.states, specs))
@@ -190,9 +193,10 @@ class _Builder:
         if arrival.states is None:
             stored = self.stored[arrival.producer]
             sources, ends = tuple(range(len(stored))), Ends(arrival.value, stored, wanted)
-            hidden, inline = self._parameter_tables(stored, targets, arrival.cargo, together)
-            yield Flow(name, producer, sources, consumers, *hidden, True), ends
-            yield Flow(name, producer, sources, consumers, *inline), ends
+            travel = self._travel(stored, targets, arrival.cargo, together)
+            hidden = Flow(name, producer, sources, consumers, *_tables(*travel.hidden), True)
+            yield from _shared(hidden, ends, travel) if len(consumers) > 1 else [(hidden, ends)]
+            yield Flow(name, producer, sources, consumers, *_tables(*travel.inline)), ends
         else:
             made: dict[States, int] = {}
             sources = self._numbered(arrival.producer, arrival.states, made)
@@ -216,14 +220,32 @@ class _Builder:
         plain = self.context.segmented.factored.program.precision in ("fp32", "bf16")
         return Together(1.0 if plain else 2.0, latency_share(run.parameters), self.setting.micro_batches)
 
-    def _parameter_tables(self, stored: tuple[Storage, ...], targets: tuple[States, ...], cargo: Cargo,
-                          together: Together) -> tuple[Tables, Tables]:
+    def _travel(self, stored: tuple[Storage, ...], targets: tuple[States, ...], cargo: Cargo,
+                together: Together) -> Travel:
         key = (stored, targets, cargo, together)
-        if key not in self.parameter_tables:
+        if key not in self.travels:
             mesh, price = self.setting.mesh, self.setting.price
-            hidden, inline = parameter_seconds(stored, targets, cargo, mesh, price, together)
-            self.parameter_tables[key] = _tables(*hidden), _tables(*inline)
-        return self.parameter_tables[key]
+            self.travels[key] = parameter_seconds(stored, targets, cargo, mesh, price, together)
+        return self.travels[key]
+
+
+def _shared(hidden: Flow, ends: Ends, travel: Travel) -> Iterator[tuple[Flow, Ends]]:
+    """What all consumers of a parameter share, as a flow to the first, and for the storages that are alike in which
+    axes are summed over for whom, what those share that want the same."""
+    first = hidden.consumers[0]
+    forward, backward = _tables(*travel.gathers)
+    once = (Consumer(first.node, (0,) * len(first.targets)),)
+    yield replace(hidden, consumers=once, forward=forward, backward=backward), replace(ends, targets=ends.targets[:1])
+    for summed in dict.fromkeys(travel.summed):
+        number = {axes: j for j, axes in enumerate(dict.fromkeys(summed))}
+        places = [summed.index(axes) for axes in number]
+        alike = np.array([[each == summed] for each in travel.summed])
+        consumers = tuple(Consumer(each.node, tuple(number[summed[t]] for t in each.targets))
+                          for each in hidden.consumers)
+        forward, backward = _tables(*(np.where(alike, side[:, places], 0.0) for side in travel.sums))
+        if any(map(any, backward)):
+            yield (replace(hidden, consumers=consumers, forward=forward, backward=backward),
+                   replace(ends, targets=tuple(ends.targets[place] for place in places)))
 
 
 def _tables(forward: Seconds, backward: Seconds) -> Tables:

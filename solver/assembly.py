@@ -21,11 +21,12 @@ A program is a sequence of runs r of n_r equal segments. Stage j of S takes n[j,
                 where the last stage is with the first: t ≥ 1 − d[0,a] and t ≥ s[S−2,b], a is on the first and b on
                 the last
 
-    minimise    Σ_j (T[j] + 2 c[j]) + (M − 1) · P + Y + Σ_tied seconds · t
+    minimise    Σ_j (T[j] + 2 c[j]) / V + (M − 1 / V) · P + Y + Σ_tied seconds · t
 
 `wait_j` is what of a transfer shows in each period: with k = S − j stages from j on, 1F1B has k micro-batches on their
 way and back, which take k periods and cross k − 1 cuts twice: 2 (k − 1) / k. Sum and period are those of 1F1B and GPipe
-(Narayanan et al. 2019); interleaving over V stages a device divides the sum by V, which `fill` does.
+(Narayanan et al. 2019). Interleaving V stages a device (Narayanan et al. 2021) a device has V · M actions each way, and
+the first one waits for S − V of 1 / V of them: V is 1 but for that.
 
 Where each stage has devices of its own `solver.chain` finds the same optimum in less time, and this is its twin.
 """
@@ -151,9 +152,9 @@ def _crossing(draft: Draft, j: int, share: float) -> Terms:
 
 
 def _sums(draft: Draft) -> Iterator[tuple[Variable, float]]:
+    share = 1.0 / draft.instance.chunks
     for j in range(len(draft.n)):
-        yield from _seconds(draft, j)
-        yield from _crossing(draft, j, 2.0)
+        yield from ((x, share * units) for x, units in [*_seconds(draft, j), *_crossing(draft, j, 2.0)])
 
 
 def _period(draft: Draft) -> Terms:
@@ -162,7 +163,7 @@ def _period(draft: Draft) -> Terms:
         terms = [(x, -units) for j in draft.instance.on(device)
                  for x, units in [*_seconds(draft, j), *_crossing(draft, j, draft.instance.places[j].wait)]]
         draft.model.at_least([(slowest, 1.0), *terms], 0.0)
-    return [(slowest, draft.instance.micro_batches - 1.0)]
+    return [(slowest, draft.instance.micro_batches - 1.0 / draft.instance.chunks)]
 
 
 def _finish(draft: Draft) -> Terms:
@@ -178,7 +179,7 @@ def _finish(draft: Draft) -> Terms:
 def _ties(draft: Draft) -> Iterator[tuple[Variable, float]]:
     for i, tie in enumerate(draft.instance.ties):
         apart = draft.model.amount(f"t({i})")
-        if draft.instance.devices < len(draft.n):
+        if draft.instance.looped:
             draft.model.at_least([(apart, 1.0), (draft.done[0][tie.first], 1.0)], 1.0)
             draft.model.at_least([(apart, 1.0), (draft.begun[-2][tie.second], -1.0)], 0.0)
             yield apart, tie.seconds / draft.model.unit

@@ -204,10 +204,8 @@ def best_chain(instance: Instance) -> Taken | None:
     heap = [(0.0, next(count), Label(0.0, 0.0, 0.0, 0, ()))]
     seen: dict[tuple[int, int], list[Label]] = {}
     while heap:
-        bound, _, label = heapq.heappop(heap)
+        _, _, label = heapq.heappop(heap)
         j = len(label.ways)
-        if math.isinf(bound):
-            return None
         if j == len(instance.places):
             return tuple(way.picks for way in label.ways)
         known = seen.setdefault((j, label.end), [])
@@ -217,7 +215,8 @@ def best_chain(instance: Instance) -> Taken | None:
         for arc in chain.arcs(j, label.end):
             more = Label(label.sum + arc.sum, max(label.period, arc.period), max(label.finish, arc.finish), arc.end,
                          (*label.ways, arc.way))
-            heapq.heappush(heap, (_bound(instance, chain, j + 1, more), next(count), more))
+            if math.isfinite(chain.rest[j + 1][arc.end][0]):
+                heapq.heappush(heap, (_bound(instance, chain, j + 1, more), next(count), more))
     return None
 
 

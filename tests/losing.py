@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -12,23 +14,48 @@ from typing import Any
 import torch
 
 import autopar
+from autopar import launch
+from autopar.codegen.channels import Post
 from tests.builders import Case, gpt2, quick
 
 LAST_STEP = 1000
+
+
+def lose_between_stages(how: str) -> None:
+    """Leave the others when the second next message is to be sent; where the error is "caught" stay on as if nothing
+    was."""
+    send, sent = Post.send, itertools.count()
+
+    def lost(*args: Any) -> None:
+        if next(sent) == 1:
+            lose(how)
+        send(*args)
+
+    Post.send = lost  # type: ignore[method-assign]
 
 
 def lose(how: str) -> None:
     """Leave the others in one of the ways in which ranks are lost."""
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif how == "error":
+    elif how in ("error", "caught"):
         raise ValueError("bad sample")
 
 
 def brought(case: Case, odd: bool) -> dict[str, Any]:
     """The batch of a step, another one where it is odd."""
     assert isinstance(case.inputs, dict)
-    return {name: x[:, 1:] for name, x in case.inputs.items()} if odd else case.inputs
+    here = launch.device()
+    return {name: (x[:, 1:] if odd else x).to(here) for name, x in case.inputs.items()}
+
+
+def through_stages(case: Case, model: Any, how: str) -> None:
+    """Train, and be lost in the fourth step."""
+    for step in range(LAST_STEP):
+        if how and step == 3:
+            lose_between_stages(how)
+        with contextlib.suppress(ValueError) if how == "caught" else contextlib.nullcontext():
+            case.call(model, brought(case, odd=False)).backward()
 
 
 def main(rank: int, size: int, port: int, how: str, mode: str, backend: str) -> None:
@@ -36,7 +63,10 @@ def main(rank: int, size: int, port: int, how: str, mode: str, backend: str) -> 
     last = rank == size - 1
     case = gpt2(layers=3 if last and how == "model" else 2)
     model = autopar.compile(case.model, quick(size) if backend == "gloo" else None, inputs=case.inputs, mode=mode,
-                            precision="fp32", mesh=(2, 2) if size == 4 else None)
+                            precision="fp32", mesh=(2, 2) if size == 4 else None,
+                            micro_batches=4 if mode == "pp" else None)
+    if mode == "pp":
+        through_stages(case, model, how if last else "")
     for step in range(4 if how == "nothing" else LAST_STEP):
         loss = case.call(model, brought(case, last and step == 3 and how == "batch"))
         if last and step == 3:

@@ -18,7 +18,7 @@ from autopar.planner import Request, prepare, solve
 
 BATCH, SEQ = 64, 512
 CLUSTERS = ("4xRTX-4090", "8xA100-80GB", "2x8xH100", "8x8xA100-40GB")
-QUICK = {("gpt2", "8xA100-80GB"), ("vit-b16", "8xA100-80GB")}
+QUICK = {("gpt2", "8xA100-80GB")}
 ROUNDING = 1e-9
 POINTS = [pytest.param(name, cluster, marks=() if (name, cluster) in QUICK else pytest.mark.slow)
           for name in MODELS for cluster in CLUSTERS]

@@ -262,7 +262,7 @@ def cluster_file(folder: Path, **changed: Any) -> str:
     ({"latency_s": [[1e-6, -1e-6], [1e-6, 1e-6]]}, r"latency_s\[0\]\[1\] is -1e-06, needed is a finite number above 0"),
     ({"latency_s": [[1e-6], [1e-6, 1e-6]]}, r"latency_s has rows of \[1, 2\] entries and 2 rows, needed are 2 of 2"),
     ({"bytes_per_s": [[1e9, 1e9]]}, "bytes_per_s has rows of .* and 1 rows, needed are 2 of 2"),
-    ({"bytes_per_s": [[1e9, None], [1e9, 1e9]]}, r"bytes_per_s\[0\]\[1\] is None, needed is one of type float"),
+    ({"bytes_per_s": [[1e9, None], [1e9, 1e9]]}, r"bytes_per_s\[0\]\[1\] is null: that link is missing"),
     ({"bytes_per_s": [[1e9, float("nan")], [1e9, 1e9]]}, r"bytes_per_s\[0\]\[1\] is nan"),
     ({"uplink_bytes_per_s": [1e9]}, "hosts has 4 entries from 0 to 1, needed are 4, one a device, from 0 to 0"),
     ({"devices": []}, "come to 0"), ({"format": "autopar cluster 0"}, "'format' is 'autopar cluster 0'"),

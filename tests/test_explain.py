@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,17 @@ def test_the_planned_one_is_the_plan_and_none_is_quicker(name: str, mesh: tuple[
         assert (found.planned.nbytes, found.planned.strategy) == (plan.memory.total, strategies[op])
         assert all(a.seconds >= found.planned.seconds * (1 - 1e-9) for a in found.alternatives)
         assert [a.seconds for a in found.alternatives] == sorted(a.seconds for a in found.alternatives)
+
+
+@pytest.mark.parametrize("asked", [{"stages": 2, "mesh": (1, 2)}, {"stages": 4}], ids=str)
+def test_stages_are_priced_as_they_are_planned(asked: dict[str, Any]) -> None:
+    context = model_context("gpt2", "bf16-mixed")
+    plan, _ = solve(context, CLUSTER, Request("gpt2", "pp1d" if "mesh" in asked else "pp", solver="highs",
+                                              micro_batches=2, **asked))
+    found = explain(plan, context, CLUSTER, "transformer_h_0_mlp_c_fc")
+    planned = plan.step_time_s, plan.memory.total
+    assert (found.planned.seconds, found.planned.nbytes) == pytest.approx(planned, rel=1e-6)
+    assert (len(found.alternatives) > 1) == (plan.mesh != (1,)) and all(a.nbytes > 0 for a in found.alternatives)
 
 
 def test_alternatives_cost_what_their_lowered_programs_do() -> None:

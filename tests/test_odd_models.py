@@ -72,6 +72,15 @@ def counting(net: Any, x: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(net.logits(x - net.mean) / net.steps, labels)
 
 
+def watching(net: Any, x: Tensor, labels: Tensor) -> Tensor:
+    """A running mean of hidden states, which no gradient goes through."""
+    hidden = net.first(x)
+    with torch.no_grad():
+        net.mean.mul_(0.9).add_(hidden.mean(0), alpha=0.1)
+        net.most.copy_(torch.maximum(net.most, hidden.abs().amax()))
+    return F.cross_entropy(net.last(hidden - net.mean) / net.most, labels)
+
+
 def complex_numbers(net: Any, x: Tensor, labels: Tensor) -> Tensor:
     weight = torch.view_as_complex(net.weight)
     turned = torch.view_as_complex(net.first(x).unflatten(-1, (4, 2))) * torch.polar(torch.ones(4), torch.arange(4.0))
@@ -128,6 +137,7 @@ SAME: dict[str, Callable[[], Odd]] = {
     "keywords alone, a tuple out": lambda: Odd(Net(by_keyword), dict(zip(("x", "labels"), batch(), strict=True)),
                                                find=lambda out: out[0]),
     "buffers that count": lambda: Odd(Net(counting, steps=torch.zeros(()), mean=torch.zeros(8)), batch()),
+    "buffers that watch": lambda: Odd(Net(watching, mean=torch.zeros(8), most=torch.ones(())), batch()),
     "complex numbers": lambda: Odd(holding(Net(complex_numbers), weight=nn.Parameter(torch.randn(8, 4, 2))), batch()),
     "sparse gradients": lambda: Odd(holding(Net(words), words=nn.Embedding(10, 8, sparse=True)),
                                     (torch.randint(0, 10, (8, 5)), batch()[1])),
@@ -138,6 +148,7 @@ SAME: dict[str, Callable[[], Odd]] = {
         F.cross_entropy(output, labels, reduction="none") * WEIGHTS[labels]).sum() / WEIGHTS[None].sum()),
     "orthogonal weights": lambda: Odd(sequence(parametrizations.orthogonal(nn.Linear(8, 8))), batch(),
                                       F.cross_entropy),
+    "spectral norms": lambda: Odd(sequence(parametrizations.spectral_norm(nn.Linear(8, 8))), batch(), F.cross_entropy),
     "wrapped for several devices": lambda: Odd(nn.DataParallel(sequence(nn.Linear(8, 8))), batch(), F.cross_entropy),
     "one sample": lambda: Odd(sequence(nn.Linear(8, 8)), batch(1), F.cross_entropy),
     "sizes that divide by nothing": lambda: Odd(nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 5)), batch(6),

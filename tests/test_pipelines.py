@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import autopar
-from tests.builders import Case, gpt2, mlp, quick
-from tests.families import family
+from autopar import pipelines
+from autopar.core.schedules import Schedule
+from tests.builders import Case, gpt2, mlp, quick, resnet
+from tests.families import as_written, family
 from tests.test_exactness import FLOOR, whole
 from tests.test_matrix import DRIFT, RATE, TOLERANCE, trained
 
@@ -25,9 +29,10 @@ class Way:
     name: str
     ranks: int
     options: dict[str, Any]
+    schedule: Schedule = "1f1b"
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.ranks}-" + "-".join(f"{k}{v}" for k, v in self.options.items())
+        return f"{self.name}-{self.ranks}-{self.schedule}-" + "-".join(f"{k}{v}" for k, v in self.options.items())
 
 
 def case_of(name: str) -> Case:
@@ -35,48 +40,138 @@ def case_of(name: str) -> Case:
     return made[name]() if name in made else family(name)
 
 
-def errors(rank: int, world_size: int, name: str, options: dict[str, Any]) -> tuple[float, float, float, float, int]:
-    """Of the loss, of the gradients held here, of the curve, of parameters in learning rates; parameters held here."""
-    case = case_of(name)
-    plain = copy.deepcopy(case.model)
-    model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32",
-                            solver="highs", **options)
-    wanted, found = case.plain_loss(plain), case.call(model)
-    assert all(p.grad is None for p in model.parameters())
-    wanted.backward(), found.backward()
+def gradients_off(model: torch.nn.Module, plain: torch.nn.Module) -> list[float]:
+    """How far off each gradient that is held here is, of the largest of its elements or a part of the largest of all.
+    """
     expected = {n: p.grad for n, p in plain.named_parameters()}
     largest = max(float(g.abs().max()) for g in expected.values())
     held = {n: whole(p.grad).reshape(expected[n].shape) for n, p in model.named_parameters()}
-    gradients = max(float((g - expected[n]).abs().max()) / max(float(expected[n].abs().max()), FLOOR * largest)
-                    for n, g in held.items())
+    return [float((g - expected[n]).abs().max()) / max(float(expected[n].abs().max()), FLOOR * largest)
+            for n, g in held.items()]
+
+
+def errors(rank: int, world_size: int, name: str, schedule: Schedule,
+           options: dict[str, Any]) -> tuple[float, float, float, float, int]:
+    """Of the loss, of the gradients held here, of the curve, of parameters in learning rates; parameters held here."""
+    case = case_of(name)
+    plain = copy.deepcopy(case.model)
+    with mock.patch.object(pipelines, "_schedules", lambda *_: [schedule]):
+        model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn,
+                                precision="fp32", solver="highs", **options)
+    assert model.plan.schedule == schedule
+    wanted, found = case.plain_loss(plain), case.call(model)
+    assert all(p.grad is None for p in model.parameters())
+    wanted.backward(), found.backward()
+    gradients = gradients_off(model, plain)
     plain.zero_grad(), model.zero_grad()
     curves = trained(case, plain, lambda: case.plain_loss(plain)), trained(case, model, lambda: case.call(model))
     after = dict(plain.named_parameters())
     drift = max(float((whole(p.detach()).reshape(after[n].shape) - after[n].detach()).abs().max())
                 for n, p in model.named_parameters())
-    return (abs(float(found.detach()) - float(wanted.detach())), gradients,
-            max(abs(a - b) for a, b in zip(*curves, strict=True)), drift / RATE, len(held))
+    return (abs(float(found.detach()) - float(wanted.detach())), max(gradients),
+            max(abs(a - b) for a, b in zip(*curves, strict=True)), drift / RATE, len(gradients))
 
 
 WAYS = [
     Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 1}),
-    Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 4}),
+    Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 4}, "looped"),
+    Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 8}, "interleaved"),
     Way("uneven", 4, {"mode": "pp", "pp": 4, "micro_batches": 8}),
     Way("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}),
     Way("gpt2", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 4}),
     Way("gpt2", 4, {"mode": "pp+zero", "pp": 2, "micro_batches": 4}),
     Way("bert", 4, {"mode": "pp+sequence", "pp": 2, "micro_batches": 2}),
     Way("vit", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 2}),
-    Way("mlp", 2, {"mode": "pp", "pp": 2, "micro_batches": 8}),
     Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 4, "memory_budget": 712e3}),  # recomputes
+    Way("mlp", 2, {"mode": "pp", "pp": 2, "micro_batches": 8}, "gpipe"),
+    Way("gpt2", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 2}, "interleaved"),
+    Way("llama", 2, {"mode": "pp", "pp": 2, "micro_batches": 2}, "interleaved"),
 ]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_training_is_the_plain_models(pool: Any, way: Way) -> None:
-    for loss, gradients, curve, drift, held in pool(way.ranks).run(errors, way.name, way.options):
+    for loss, gradients, curve, drift, held in pool(way.ranks).run(errors, way.name, way.schedule, way.options):
         assert max(loss, gradients, curve) <= TOLERANCE and drift <= DRIFT
         assert 0 < held < len(list(case_of(way.name).model.parameters()))
+
+
+def normalised(rank: int, world_size: int, options: dict[str, Any], parts: int) -> list[float]:
+    """How far from those of one process that adds up gradients of micro-batches are losses, gradients and buffers, in
+    three steps of SGD, and evaluation after them."""
+    case = resnet(batch=16)  # of fewer samples a channel has so few values that rounding moves gradients
+    plain, (x, y) = copy.deepcopy(case.model), case.inputs
+    model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32",
+                            solver="highs", batch_norm="micro-batch", micro_batches=parts, **options)
+    found = []
+    for _ in range(3):
+        losses = [case.loss_fn(plain(a), b) / parts for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True)]
+        loss = case.call(model)
+        sum(losses).backward(), loss.backward()
+        found.append(float((loss - sum(losses)).detach()))
+        found += gradients_off(model, plain)
+        for each in (plain, model):
+            optimizer = torch.optim.SGD(each.parameters(), lr=RATE)
+            optimizer.step(), optimizer.zero_grad()
+    buffers = dict(plain.named_buffers())
+    found += [float((b.float() - buffers[n].float()).abs().max()) for n, b in model.named_buffers()]
+    with torch.no_grad():
+        found.append(float(case.call(model.eval())) - float(case.plain_loss(plain.eval())))
+    return [max(map(abs, found)), len(dict(model.named_buffers()))]
+
+
+@pytest.mark.parametrize(("ranks", "options", "parts"), [
+    (2, {"mode": "pp"}, 2), (2, {"mode": "pp"}, 4), (4, {"mode": "pp", "pp": 2, "dp": 2}, 2),
+    pytest.param(4, {"mode": "pp", "pp": 4}, 4, marks=pytest.mark.slow)], ids=str)
+def test_batch_norm_by_micro_batch_is_that_of_one_process(pool: Any, ranks: int, options: dict[str, Any],
+                                                          parts: int) -> None:
+    found = pool(ranks).run(normalised, options, parts)
+    assert max(error for error, _ in found) <= TOLERANCE
+    assert sum(held for _, held in found) == len(list(resnet().model.buffers())) * options.get("dp", 1)
+
+
+DROPPED: dict[str, Any] = {"gpt2": lambda: gpt2(dropout=0.1), "bert": lambda: as_written("bert")}
+
+
+def with_dropout(rank: int, world_size: int, name: str, options: dict[str, Any], local: bool) -> list[float]:
+    """The losses and norms of gradients of some steps with all dropout of a model."""
+    case = DROPPED[name]()
+    torch.manual_seed(5)
+    model = autopar.compile(case.model, quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn, precision="fp32",
+                            solver="highs", **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    found, dp = [], options.get("dp", 1)
+    pp = world_size // dp
+    for _ in range(4):
+        part = case.part(rank % dp * pp + rank // dp, world_size)  # samples are in the order of the mesh, dp x pp
+        loss = case.call(model, part if local else None)
+        loss.backward()
+        found += [float(loss.detach()), float(model.clip_grad_norm_(1.0))]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@cache
+def alone(pool: Any, name: str) -> list[float]:
+    """What one rank makes of it."""
+    found: list[float] = pool(1).run(with_dropout, name, {"mode": "ddp"}, False)[0]
+    return found
+
+
+@pytest.mark.parametrize(("name", "ranks", "options", "local"), [
+    ("gpt2", 2, {"mode": "pp", "micro_batches": 1}, False), ("gpt2", 2, {"mode": "pp", "micro_batches": 2}, True),
+    ("gpt2", 2, {"mode": "pp", "micro_batches": 4}, False), ("gpt2", 2, {"mode": "pp", "micro_batches": 8}, False),
+    ("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, False),
+    ("gpt2", 4, {"mode": "pp", "pp": 2, "dp": 2, "micro_batches": 2}, True),
+    ("gpt2", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 4}, False),
+    ("bert", 2, {"mode": "pp", "micro_batches": 2}, False),
+    ("bert", 4, {"mode": "pp+sequence", "pp": 2, "micro_batches": 2}, False),
+], ids=str)
+def test_micro_batches_draw_dropout_as_one_rank_does(pool: Any, name: str, ranks: int, options: dict[str, Any],
+                                                     local: bool) -> None:
+    for found in pool(ranks).run(with_dropout, name, options, local):
+        assert found == pytest.approx(alone(pool, name), abs=2e-5)
 
 
 def beside_training(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, float]:

@@ -53,6 +53,16 @@ def test_the_others_are_told(size: int, how: str, mode: str) -> None:
         assert code not in (0, None) and f"rank {size - 1} of {size} is gone" in text, text
 
 
+@pytest.mark.parametrize(("size", "how"), [
+    (3, "kill"), (2, "caught"), pytest.param(2, "kill", marks=pytest.mark.slow),
+    pytest.param(3, "error", marks=pytest.mark.slow)])
+def test_a_rank_that_is_lost_between_stages_ends_all(size: int, how: str) -> None:
+    codes, said, seconds = run(size, how, "pp", tuple(range(size)))
+    assert 0 not in codes and codes[-1] == (-9 if how == "kill" else 1) and seconds < MOST_SECONDS, said
+    for text in said[:-1]:
+        assert f"rank {size - 1} of {size} is gone" in text or f"RankLost: rank {size - 1}" in text, text
+
+
 @pytest.mark.parametrize("started", [(0, 1), pytest.param((-1,), marks=pytest.mark.slow)], ids=["launched", "spawned"])
 def test_ranks_that_end_apart_without_an_error_are_left_alone(started: tuple[int, ...]) -> None:
     codes, said, _ = run(2, "nothing", "ddp", started)

@@ -61,6 +61,8 @@ def answer(options: Options, progress: Progress, start: float) -> str:
         plan.save(options.out)
     if options.emit is not None:
         plan.emit(options.emit, context, cluster)
+    if options.timeline is not None:
+        plan.timeline(options.timeline)
     explained = explain(plan, context, cluster, options.explain) if options.explain is not None else None
     solvers = free_layout(plan, context, cluster, request, progress.found) if layout else None
     if options.json:

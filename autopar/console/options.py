@@ -61,6 +61,7 @@ class Options:
     dp: int | None = None
     tp: int | None = None
     micro_batches: int | None = None
+    timeline: Path | None = None
     ppranks: Ranks | None = None
     dpranks: Ranks | None = None
 
@@ -139,6 +140,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--emit", type=writable, metavar="STEP.PY",
                        help="also write what one rank runs to this file, as Python that runs under torchrun (default: "
                             "not written)")
+    group.add_argument("--timeline", type=writable, metavar="FILE",
+                       help="also draw a step as it is predicted, a row a device, to this .html or .png (default: not "
+                            "drawn)")
     group.add_argument("--json", action="store_true",
                        help="print one JSON object instead of text, with the step of every mode")
     group.add_argument("--modes", action="store_true", help="also solve every other mode and print its step")

@@ -59,7 +59,7 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Instance:
     """An assembly problem: runs in order, a place a stage, micro-batches a step; stage j is on device j mod `devices`,
-    of which there are as many as stages, or one less."""
+    of which there are as many as stages, one less, or for interleaving an equal part."""
 
     runs: tuple[Run, ...]
     places: tuple[Place, ...]
@@ -69,11 +69,22 @@ class Instance:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", self.devices or len(self.places))
-        assert self.devices in (len(self.places), len(self.places) - 1), f"{len(self.places)} stages on {self.devices}"
+        stages = len(self.places)
+        assert stages == self.devices + 1 or stages % self.devices == 0, f"{stages} stages on {self.devices}"
 
     def on(self, device: int) -> range:
         """The stages on a device."""
         return range(device, len(self.places), self.devices)
+
+    @property
+    def looped(self) -> bool:
+        """Whether the last stage is with the first, all others apart."""
+        return len(self.places) == self.devices + 1
+
+    @property
+    def chunks(self) -> int:
+        """V: stages a device that run in turn."""
+        return 1 if self.looped else len(self.places) // self.devices
 
     @property
     def segments(self) -> int:
@@ -135,7 +146,8 @@ def price(instance: Instance, taken: Taken) -> Priced:
     last = max(sum(finish[j] for j in instance.on(device)) for device in range(instance.devices))
     apart = sum(tie.seconds for tie in instance.ties if _apart(instance, taken, tie))
     sent = 2.0 * sum(crossing)
-    total = sum(seconds) + sent + (instance.micro_batches - 1) * period + last + apart
+    chunks = instance.chunks
+    total = (sum(seconds) + sent) / chunks + (instance.micro_batches - 1 / chunks) * period + last + apart
     held = tuple(sum(nbytes[j] for j in instance.on(device)) for device in range(instance.devices))
     return Priced(total, period, last + apart, sent, tuple(seconds), tuple(nbytes), tuple(crossing), held)
 
@@ -152,7 +164,7 @@ def _crossed(instance: Instance, taken: Taken, j: int) -> float:
 
 
 def _apart(instance: Instance, taken: Taken, tie: Tie) -> bool:
-    if instance.devices < len(taken):
+    if instance.looped:
         return sum(taken[0][tie.first]) < instance.runs[tie.first].count or any(sum(stage[tie.second])
                                                                                for stage in taken[:-1])
     last = max(j for j, stage in enumerate(taken) if sum(stage[tie.first]))

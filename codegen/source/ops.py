@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from autopar.codegen.collectives import ReduceGradients
+from autopar.codegen.draws import GlobalIndex
 from autopar.codegen.heads import LinearCrossEntropy
-from autopar.codegen.substitute import Attention, BatchNorm, Dropout, GlobalIndex, Uniform
+from autopar.codegen.substitute import Attention, BatchNorm, Dropout, Uniform
 from autopar.codegen.vocabulary import PLAIN, CrossEntropy, Embedding, Places
 
 aten = torch.ops.aten

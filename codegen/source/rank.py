@@ -16,10 +16,11 @@ from torch import Tensor
 
 from autopar.codegen.collectives import ReduceGradients, convert
 from autopar.codegen.communicator import Axes, Communicator, Group, connect
-from autopar.codegen.executable import seeds_of
+from autopar.codegen.draws import GlobalIndex
+from autopar.codegen.executable import Turn, seeds_of
 from autopar.codegen.heads import LinearCrossEntropy
 from autopar.codegen.primitives import LOCAL
-from autopar.codegen.substitute import Attention, BatchNorm, Dropout, GlobalIndex, Uniform
+from autopar.codegen.substitute import Attention, BatchNorm, Dropout, Uniform
 from autopar.codegen.vocabulary import PLAIN, CrossEntropy, Embedding, Places
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
@@ -57,7 +58,7 @@ class Rank:
 
     def seeds(self, seed: int, count: int) -> tuple[Tensor, ...]:
         """What `count` segments draw random numbers from in the first step of a model seeded with `seed`."""
-        return seeds_of(seed, 0, count, self.device)
+        return seeds_of(Turn(seed, 0), count, self.device)
 
     def all_reduce(self, x: Tensor, over: Axes, backward: Primitive | None = None) -> Tensor:
         """The sum of all ranks' `x`."""

@@ -122,6 +122,7 @@ RULES: dict[Any, Rule | RuleMaker] = {
     aten.mm.default: rule("m k, k n -> m n"),
     aten.mv.default: rule("m k, k -> m"),
     aten.dot.default: rule("k, k ->"),
+    aten.vdot.default: rule("k, k ->"),
     aten.bmm.default: rule("b m k, b k n -> b m n"),
     aten.baddbmm.default: _baddbmm,
     aten.addmm.default: _addmm,

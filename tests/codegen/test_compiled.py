@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 import autopar
 from autopar.codegen import private
+from autopar.codegen.attending import Chosen
 from autopar.codegen.compiled import CompiledSegment, Compiler, Progress, compiler_for
 from autopar.codegen.executable import Executable
 from autopar.core.errors import AutoparError
@@ -239,7 +240,7 @@ class FailsLater(nn.Module):
 def segment(module: nn.Module) -> CompiledSegment:
     """`module` as a segment called h_0."""
     lowered: Any = SimpleNamespace(segment=SimpleNamespace(name="h_0"), module=module)
-    return CompiledSegment(lowered, Progress(1))
+    return CompiledSegment(lowered, Progress(1), Chosen(lowered.module))
 
 
 def test_what_can_t_be_compiled_is_told_by_segment_and_remedy() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autopar.api import arguments
-from autopar.codegen.executable import Executable, batch_spec, build, offline, seeds_of
+from autopar.codegen.executable import Executable, Turn, batch_spec, build, offline, seeds_of
 from autopar.codegen.lower import Target
 from autopar.core.cluster import Cluster
 from autopar.core.mesh import Mesh
@@ -114,6 +114,6 @@ def test_offline_groups_cover_every_set_of_axes() -> None:
 
 def test_batch_spec_and_seeds() -> None:
     assert [str(batch_spec(3, (0, 1))), str(batch_spec(1, (0,)))] == ["S01RR", "S0"]
-    seeds = [seed for base in (0, 1, 7) for step in range(50) for seed in seeds_of(base, step, 100, CPU)]
+    seeds = [seed for base in (0, 1, 7) for step in range(50) for seed in seeds_of(Turn(base, step), 100, CPU)]
     assert len({int(seed) for seed in seeds}) == len(seeds)
     assert all(seed.data_ptr() % 16 == 0 for seed in seeds)

@@ -41,7 +41,7 @@ def names(graph: Joint, kept: set[str]) -> list[str]:
 @pytest.mark.parametrize(("kept", "saved"), [
     ({"0.0", "0.0+", "1.0", "2.0", "3.0", "4.0"}, ["0.0", "0.0+", "0.0+", "1.0", "2.0"]),
     ({"1.0"}, ["1.0"]), ({"2.0"}, ["2.0"]), (set(), []), ({"3.0", "4.0"}, []),
-], ids=str)
+])
 def test_what_is_kept_is_what_is_needed_of_it(fused: bool, kept: set[str], saved: list[str]) -> None:
     assert names(traced(fused), kept) == saved
 

@@ -98,7 +98,7 @@ def test_other_outputs_say_how_they_are_kept(pool: Any) -> None:
     lambda x: x + 1, lambda x: 1 - x, lambda x: x @ x, lambda x: -x, lambda x: x > 0, lambda x: x == 3, float, len,
     bool, list, abs, lambda x: 3 in x, lambda x: torch.softmax(x, -1), lambda x: torch.cat([torch.ones(2), x]),
     lambda x: torch.ones(2) * x, lambda x: nn.functional.relu(x), lambda x: x(1), lambda x: x.mean(), np.asarray,
-], ids=str)
+])
 def test_whatever_is_done_to_an_output_that_is_not_kept(use: Any) -> None:
     with pytest.raises(autopar.AutoparError, match=r"output 'logits' is not kept.*returns=\"all\""):
         use(NotKept("logits"))

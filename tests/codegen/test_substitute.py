@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autopar.codegen.communicator import Group
-from autopar.codegen.substitute import GlobalIndex, draw, keep_mask
+from autopar.codegen.draws import SEED_BITS, GlobalIndex, Part, Samples, draw, keep_mask
 
 CPU = torch.device("cpu")
 COUNT = 1 << 16
@@ -53,4 +53,31 @@ def test_global_indices_of_all_shards_are_those_of_the_whole(whole: tuple[int, .
         for dim, (n, i) in enumerate(zip(parts, place, strict=True)):
             cut = cut.chunk(n, dim)[i]
         groups = tuple(Group("", i, tuple(range(n))) for n, i in zip(parts, place, strict=True))
-        assert torch.equal(GlobalIndex(whole, groups)(CPU), cut)
+        assert torch.equal(GlobalIndex(whole, groups)(CPU, torch.tensor(0)), cut)
+
+
+def of_micro(whole: tuple[int, ...], batch: int, parts: int, pieces: int, micro: int) -> torch.Tensor:
+    """The indices in a tensor of its samples, on dim `batch`, that a micro-batch has: a run of each piece."""
+    run = whole[batch] // parts // pieces
+    runs = torch.arange(math.prod(whole)).reshape(whole).split(run, batch)
+    return torch.cat([runs[piece * parts + micro] for piece in range(pieces)], batch)
+
+
+@pytest.mark.parametrize(("whole", "batch", "parts", "pieces"), [
+    ((8, 3), 0, 2, 1), ((8, 3), 0, 2, 2), ((8, 1, 3), 0, 4, 2), ((5, 8, 2), 1, 4, 1), ((8, 3), 0, 8, 1),
+    ((5, 4, 2), 1, 4, 1), ((8,), 0, 4, 1), ((2, 4, 3), 1, 2, 2), ((1, 4, 4), 1, 2, 1)])
+def test_indices_of_a_micro_batch_are_those_of_its_samples(whole: tuple[int, ...], batch: int, parts: int,
+                                                           pieces: int) -> None:
+    small = tuple(size // parts if i == batch else size for i, size in enumerate(whole))
+    part = Part(Samples(parts, small[batch], pieces), math.prod(whole[batch + 1:]))
+    for ranks in {1, 2 if small[batch] % 2 == 0 else 1}:
+        for micro in range(parts):
+            seed, expected = torch.tensor(7 + (micro << SEED_BITS)), of_micro(whole, batch, parts, pieces, micro)
+            for rank, wanted in enumerate(expected.chunk(ranks, batch)):
+                groups = tuple(Group("", rank, tuple(range(ranks))) if i == batch else Group("", 0, (0,))
+                               for i in range(len(small)))
+                assert torch.equal(GlobalIndex(small, groups, part)(CPU, seed), wanted)
+
+
+def test_the_number_of_a_micro_batch_is_no_part_of_what_is_drawn_from() -> None:
+    assert torch.equal(mask(3, 1), keep_mask(torch.arange(COUNT), torch.tensor(3 + (5 << SEED_BITS)), 1, 0.3))

@@ -69,7 +69,7 @@ def test_help_states_models_defaults_and_examples(capsys: pytest.CaptureFixture[
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     assert all(name in text for name in MODELS)
-    assert text.count("(default: ") == 15  # of every option but --model and the two switches
+    assert text.count("(default: ") == 16  # of every option but --model and the two switches
     assert f"(default: {DEFAULT_BATCH}, or" in text and "(default: bf16-mixed)" in text and "less 8 %)" in text
     assert "autopar-solve --model gpt2 --cluster 8xA100-80GB --batch 64 --seq 1024" in text
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 120.0
+SECONDS = 240.0
 
 
 def start(script: str, ranks: int, *arguments: object) -> subprocess.Popen[str]:

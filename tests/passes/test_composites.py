@@ -39,6 +39,9 @@ CALLS: list[tuple[Callable[..., Any], tuple[Tensor, ...]]] = [
     (F.hinge_embedding_loss, (r(4), SIGNS)), (F.poisson_nll_loss, (ROWS, ROWS.exp())),
     (lambda t: t.unbind(1)[2] * t.unbind(-1)[0], (r(4, 3),)), (lambda t: t.split([1, 5], 1)[1] * 2, (ROWS,)),
     (lambda t: t.split(4, 1)[1] * 2, (ROWS,)), (lambda t: t.chunk(4, 1)[3] * 2, (r(4, 7),)),
+    (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+     (r(2, 4, 3, 8), r(2, 2, 3, 8), r(2, 2, 3, 8))),
+    (lambda q, k: F.scaled_dot_product_attention(q, k, q, enable_gqa=True), (r(2, 4, 3, 8), r(2, 1, 3, 8))),
 ]
 
 

@@ -49,7 +49,8 @@ def test_tables_are_of_each_storage_and_target_alone(shape: tuple[int, ...], dif
     stored = [Storage(states) for states in itertools.product(resting, repeat=len(shape))]
     wanted: list[State] = ["R", 0, 1, *(["G"] if differentiable else [])]  # type: ignore[list-item]
     targets = list(itertools.product(wanted, repeat=len(shape)))
-    (forward, backward), inline = parameter_seconds(stored, targets, cargo, mesh, CLUSTER.pricer(mesh), together)
+    travel = parameter_seconds(stored, targets, cargo, mesh, CLUSTER.pricer(mesh), together)
+    (forward, backward), inline = travel.hidden, travel.inline
     assert forward.shape == backward.shape == (len(stored), len(targets))
     for (i, storage), (j, states) in itertools.product(enumerate(stored), enumerate(targets)):
         expected = alone(storage, from_states(states, len(SIZES)), cargo, mesh, together)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,8 +81,14 @@ def test_losses_that_do_not_sum_up_are_refused(kind: type[nn.Module], said: str)
 
 
 def test_batch_norm_is_refused_by_name() -> None:
-    with pytest.raises(AutoparError, match=r"bn1 .*mixes samples"):
+    with pytest.raises(AutoparError, match=r"bn1 .*mixes samples.*use 1 micro-batch, or batch_norm="):
         micro(model_context("resnet"), 2)
+
+
+def test_batch_norm_may_have_statistics_of_each_micro_batch() -> None:
+    case = CASES["resnet"]()
+    program = replace(capture(case.model, arguments(case.inputs), "fp32", case.loss_fn), batch_norm="micro-batch")
+    assert micro(prepare(program), 2).parts == 2
 
 
 def test_parts_that_do_not_divide_are_refused_with_those_that_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from functools import cache
 from typing import Any
@@ -216,3 +217,22 @@ def test_any_decision_is_priced_like_its_lowered_program(name: str, precision: A
         for part in ("compute", "inline", "exposed", "optimizer", "nbytes"):
             assert getattr(lowered, part) == pytest.approx(getattr(claimed, part), rel=1e-6, abs=1e-12), part
         assert memory.total == pytest.approx(claimed.nbytes, rel=1e-6)
+
+
+def twice(t: Tensor, weight: Tensor) -> Tensor:
+    """A weight read by two ops of a segment, for which it is gathered once."""
+    return F.linear(F.linear(t, weight), weight.t()).sum((0, 1))
+
+
+@pytest.mark.parametrize("mesh", [(2,), (2, 2)])
+def test_who_reads_a_parameter_shares_its_gathers(mesh: tuple[int, ...]) -> None:
+    where = setting(mesh, cluster=Cluster.preset(f"cpu:{Mesh(mesh).size}"))
+    found = build(annotated(twice, torch.randn(8, 16), nn.Parameter(torch.randn(16, 16))), where)
+    for taken in random.Random(0).sample(every_choice(found), 40):
+        claimed, (lowered, _) = price(found.instance, taken), price_lowered(found.decide(taken), where)
+        assert lowered.exposed == pytest.approx(claimed.exposed, rel=1e-6, abs=1e-12), taken
+        assert lowered.inline == pytest.approx(claimed.inline, rel=1e-6, abs=1e-12), taken
+
+
+def every_choice(found: Problem) -> list[tuple[int, ...]]:
+    return list(itertools.product(*(range(len(node.choices)) for node in found.instance.nodes)))

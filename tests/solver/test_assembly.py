@@ -16,20 +16,20 @@ from autopar.solver.assembly import assemble, solved
 
 
 def instance_of(seed: int) -> Instance:
-    """Two to six segments in up to three runs of up to two entries, on two or three stages."""
+    """Two to six segments in up to three runs of up to two entries, on up to four stages."""
     draw = random.Random(seed)
     runs = tuple(Run(f"r{r}", draw.randint(1, 3), tuple(
         Entry(draw.uniform(0.1, 2), draw.uniform(0.1, 4), draw.uniform(0, 1), draw.uniform(1, 9) * 1e9,
               draw.uniform(0, 3) * 1e9, draw.choice([0.0, 1e9])) for _ in range(draw.randint(1, 2))),
         draw.uniform(0, 2), draw.uniform(0, 2)) for r in range(draw.randint(1, 3)))
     total = sum(run.count for run in runs)
-    stages = min(total, draw.randint(1, 3))
-    looped = stages == 3 and draw.random() < 0.5
+    stages = min(total, draw.randint(1, 3 if total > 6 else 4))
+    devices = {3: draw.choice([2, 3]), 4: 2}.get(stages, stages)  # the last with the first, or two a device
     budget = draw.choice([math.inf, 20e9, 40e9])
     places = tuple(Place(budget, draw.choice([1.0, 1.0, 1.7]), draw.randint(1, 3), draw.uniform(0, 0.1),
                          draw.uniform(0, 0.2), wait) for wait in waits(stages))
     ties = (Tie(0, len(runs) - 1, draw.uniform(0, 3)),) if len(runs) > 1 and draw.random() < 0.6 else ()
-    return Instance(runs, places, draw.randint(1, 6), ties, stages - looped)
+    return Instance(runs, places, draw.randint(1, 6), ties, devices)
 
 
 def every(instance: Instance) -> Iterator[Taken]:

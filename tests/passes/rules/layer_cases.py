@@ -76,6 +76,7 @@ def resampling_cases() -> Iterator[Any]:
 def product_cases() -> Iterator[Any]:
     yield case("mv", "m k", aten.mv.default, torch.mv, x(4, 8), w(8))
     yield case("dot", "k", aten.dot.default, torch.dot, x(8), w(8))
+    yield case("vdot", "k", aten.vdot.default, torch.vdot, x(8), w(8))
     yield case("baddbmm", "b m k n", aten.baddbmm.default, lambda *o: torch.baddbmm(*o, beta=0.5, alpha=2.0),
                x(4, 4, 4), x(4, 4, 8), x(4, 8, 4))
     yield case("baddbmm that broadcasts", "b m k n", aten.baddbmm.default, torch.baddbmm, w(1, 1, 4), x(4, 4, 8),

@@ -130,7 +130,8 @@ def attention_cases() -> Iterator[Any]:
                random=True)
     yield case("attention masked with dropout", "b h", op, attention(dropout_p=0.4), *qkv, mask(4, 1, 4, 8),
                random=True)
-    yield case("attention in groups", "", op, attention(enable_gqa=True), x(4, 4, 4, 8), x(4, 2, 4, 8), x(4, 2, 4, 8))
+    yield case("attention in groups", "b h_0 h_1", op, attention(enable_gqa=True), x(4, 4, 4, 8),
+               *(x(4, 2, 4, 8),) * 2)
     yield case("attention of 3 dims", "", op, call, *(x(4, 8, 4),) * 3)
 
 
