@@ -52,6 +52,8 @@ SIMPLER = ("pp+zero",)
 """Modes with stages that `auto` looks at first: they are small, and where time runs out their plans are good ones."""
 SOLVE_LIMIT_S = 30.0
 """Seconds for one mesh shape; what is found by then is taken, with its proven gap."""
+STAGES_LIMIT_S = 12.0
+"""Seconds after which, where there is a plan with stages, no more of them are looked for."""
 UNLIMITED = 2.0**100
 """Bytes that nothing exceeds."""
 CLEAR = 0.5
@@ -250,7 +252,7 @@ def _searched(contexts: pipelines.MicroContexts, cluster: Cluster, request: Requ
     size, shape = next(iter(meshes.items()))
     setting = request.setting(cluster, shape[0], stages=cluster.size // size)
     return pipelines.search(contexts, cluster, shapes,
-                            pipelines.Asked(setting, request.solver, SOLVE_LIMIT_S, report,
+                            pipelines.Asked(setting, request.solver, STAGES_LIMIT_S, report,
                                             request.layout.devices(cluster.size) if request.layout else ()), beat)
 
 
@@ -267,6 +269,7 @@ def pipelined_plan(found: pipelines.Found, least: float, ctx: Context, request: 
         planned_parameters(found.decision), attention_told(program), fallback_ops(ctx),
         len(found.problem.instance.nodes), edge_count(found.problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision), pipelining=pipelines.pipelining_of(found),
+        checkpoints=planned_checkpoints(found.executable, setting),
         segments=pipelines.segments_of(found))
 
 

@@ -253,7 +253,8 @@ class Programs:
             if self._staging is not None:
                 parts = self._staging.layout.micro_batches
                 ctx, self._cuts[key] = together(lambda: self.micros(ctx).of(parts))
-            recompute = training and bool(self._first[0].kept)
+            first = self._first[0].kept if training else {}
+            recompute = bool(first) and self._staging is None  # stages keep what they keep of any batch
 
             def make() -> str:
                 found = solve_pinned(ctx, self._setting(mesh.shape), self._order.request, stored, recompute)
@@ -263,7 +264,8 @@ class Programs:
             sources = ctx.segmented.factored.program.sources
             storage = {n: stored[sources[n.name].name] for n in ctx.parameters()}
             self._decisions[key] = Decision(ctx, mesh, tuple(map(tuple, assignments)), storage,
-                                            {segment: tuple(names) for segment, names in kept.items()})
+                                            {segment: tuple(names) for segment, names in kept.items()}
+                                            if self._staging is None else dict(first))
         return self._decisions[key]
 
     def executable(self, training: bool, call: Call, axes: Axes) -> Executable:

@@ -12,12 +12,18 @@ from autopar.solver.grid import Send
 from autopar.solver.mapping import Collective, Instance
 
 Matrix = tuple[tuple[float, ...], ...]
+SMALL = 16
+"""Devices up to which hosts are uneven."""
+
+
 def cluster(draw: random.Random, devices: int, noise: float) -> Cluster:
     """One to six hosts of unequal size in one or two racks, some of islands of faster links, pairs of hosts unlike each
-    other; one in two is not numbered host by host. Each pair of devices is off by up to `noise`, a fraction."""
-    hosts = _hosts(draw, devices)
-    racks = {host: draw.randrange(2) for host in set(hosts)}
-    islands = [(host, draw.randrange(2)) if draw.random() < 0.5 else (host, 0) for host in hosts]
+    other; one in two is not numbered host by host. Each pair of devices is off by up to `noise`, a fraction. More than
+    `SMALL` devices are on four to sixteen hosts of equal size, without islands, numbered host by host."""
+    many = devices > SMALL
+    hosts = _equal(draw, devices) if many else _hosts(draw, devices)
+    racks = {host: draw.randrange(2) for host in sorted(set(hosts))}
+    islands = [(host, draw.randrange(2)) if not many and draw.random() < 0.5 else (host, 0) for host in hosts]
     inside, island = draw.uniform(8, 30) * 1e9, draw.uniform(50, 300) * 1e9
     near, far = draw.uniform(1, 25) * 1e9, draw.uniform(0.1, 1) * 1e9
     pairs = {pair: draw.uniform(0.5, 1.0) for pair in itertools.combinations(sorted(set(hosts)), 2)}
@@ -37,6 +43,11 @@ def cluster(draw: random.Random, devices: int, noise: float) -> Cluster:
     base = Cluster.preset(f"{devices}xA100-80GB")
     return replace(base, name="drawn", hosts=hosts, rows=tuple(range(devices)), latency_s=_frozen(latency),
                    bytes_per_s=_frozen(rates), uplink_bytes_per_s=tuple(uplinks))
+
+
+def _equal(draw: random.Random, devices: int) -> tuple[int, ...]:
+    size = devices // draw.choice([4, 8, 16])
+    return tuple(d // size for d in range(devices))
 
 
 def _hosts(draw: random.Random, devices: int) -> tuple[int, ...]:

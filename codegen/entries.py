@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from autopar.codegen.executable import Call, Executable
-from autopar.codegen.reprice import Memory, Tally, tally_calls
+from autopar.codegen.reprice import Memory, Tally, copied, retained_by, tally_calls
 from autopar.codegen.stages import ports_behind
+from autopar.core.assembly import Entry, Instance, Place, Run, Tie, waits
+from autopar.core.checkpoint import Kept, keep
 from autopar.core.collectives import stage_link
 from autopar.core.schedules import Pipe, Schedule, in_flight
 from autopar.core.sharding import Sums
@@ -20,7 +22,7 @@ from autopar.passes.layout import itemsize, whole_bytes
 from autopar.passes.moments import held
 from autopar.passes.problem import Setting
 from autopar.passes.strategies import Storage
-from autopar.solver.assembly import Entry, Instance, Place, Run, Tie, waits
+from autopar.solver.checkpoint import menu
 
 CHUNKS = 2
 """Stages a device where they are interleaved: with more the same waits less, and sends more."""
@@ -28,13 +30,21 @@ CHUNKS = 2
 
 @dataclass(frozen=True, slots=True)
 class Costed:
-    """One call of a program: its tally, entry and bytes by kind, and the bytes that a device sends behind it."""
+    """One call of a program: its tally, entry and bytes by kind, and the bytes that a device sends behind it; `again`
+    are seconds of the backward in which results are made again."""
 
     tally: Tally
     entry: Entry
     memory: Memory
     optimizer: float
     sent: float
+    again: float = 0.0
+
+    def keeping(self, kept: Kept) -> Costed:
+        """The same call where it keeps `kept` for its backward and makes the rest again."""
+        e = self.entry
+        return replace(self, again=kept.seconds, entry=replace(
+            e, backward=e.backward + kept.seconds, saved=kept.nbytes, working=e.working + kept.transient))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +55,37 @@ class Assembly:
     calls: tuple[Costed, ...]
 
 
-def assembly_of(executable: Executable, setting: Setting, schedule: Schedule) -> Assembly:
-    """The assembly problem of a lowered program in a setting with stages."""
+Menus = tuple[tuple[Kept, ...], ...]
+"""For each call of a program what it may keep."""
+FEW = 4
+"""About as many entries are sought for each price of the bytes that are there for one micro-batch."""
+
+
+def menus_of(executable: Executable, setting: Setting, solver: str = "cbc") -> Menus:
+    """What each call may keep: good choices where bytes count for all micro-batches on their way, and for one."""
+    flight = min(setting.stages, setting.micro_batches)
+    found: dict[int, tuple[Kept, ...]] = {}
+    needs = retained_by(executable, setting, tally_calls(executable, setting))
+    for need in needs:
+        if id(need) not in found:
+            choices = (kept for share in (1.0, 1.0 / flight) for kept in menu(need.local, share, solver, FEW))
+            found[id(need)] = tuple(dict.fromkeys(choices))
+    return tuple(found[id(need)] for need in needs)
+
+
+def assembly_of(executable: Executable, setting: Setting, schedule: Schedule, menus: Menus = ()) -> Assembly:
+    """The assembly problem of a lowered program in a setting with stages; with `menus` each call has those entries, and
+    else the one that is decided."""
     pipe = pipe_of(schedule, setting)
     calls = _calls(executable, setting)
+    if executable.decision.kept and not menus:
+        calls = _decided(calls, executable, setting)
     lowered = [id(call.lowered) for call in executable.calls]
     runs = [list(run) for run in _alike(calls, lowered)]
-    made = tuple(Run(executable.calls[run[0]].segment.name, len(run), (calls[run[0]].entry,), calls[run[0]].sent,
-                     calls[run[-1]].sent) for run in runs)
+    entries = [tuple(calls[i].keeping(kept).entry for kept in menus[i]) if menus else (calls[i].entry,)
+               for i, *_ in runs]
+    made = tuple(Run(executable.calls[run[0]].segment.name, len(run), each, calls[run[0]].sent, calls[run[-1]].sent)
+                 for run, each in zip(runs, entries, strict=True))
     return Assembly(Instance(made, _places(setting, pipe, schedule), setting.micro_batches,
                              _ties(executable, runs, setting), pipe.devices), calls)
 
@@ -77,6 +110,14 @@ def _alike(calls: Sequence[Costed], lowered: Sequence[int]) -> list[list[int]]:
     return runs
 
 
+def _decided(calls: Sequence[Costed], executable: Executable, setting: Setting) -> tuple[Costed, ...]:
+    """The calls as each keeps what the decision says."""
+    kept = executable.decision.kept
+    needs = retained_by(executable, setting, [call.tally for call in calls])
+    return tuple(costed.keeping(keep(need.local, frozenset(kept[call.segment.name])))
+                 for costed, need, call in zip(calls, needs, executable.calls, strict=True))
+
+
 def _calls(executable: Executable, setting: Setting) -> tuple[Costed, ...]:
     sent = [sum(port.nbytes for port in ports) for ports in ports_behind(executable)]
     return tuple(_call(call, tally, executable.decision, setting, nbytes)
@@ -88,7 +129,8 @@ def _call(call: Call, tally: Tally, decision: Decision, setting: Setting, sent: 
     kept = [held(decision.context, n, decision.storage[n], decision.mesh, setting.optimizer.state_bytes) for n in nodes]
     gradients = sum(_gradient(decision, n, decision.storage[n], h.gradient) for n, h in zip(nodes, kept, strict=True))
     parameters, state = sum(h.parameter for h in kept), sum(h.state for h in kept)
-    copies, working = sum(h.copy for h in kept), tally.working + sum(h.working for h in kept)
+    copies = sum(h.copy for n, h in zip(nodes, kept, strict=True) if copied(decision, n))
+    working = tally.working + sum(h.working for h in kept)
     optimizer = sum(_step_seconds(decision, n, setting) for n in nodes)
     forward, backward = (each.sums.work + each.inline + Sums(each.sums.work, each.inline, each.again).exposed
                          for each in (tally.forward, tally.backward))

@@ -30,6 +30,12 @@ def as_staged(problem: Problem) -> Instance:
                     tuple(replace(moment, saved=every, gradients=every) for moment in instance.moments))
 
 
+def without_results(instance: Instance) -> Instance:
+    """The same problem where results take no memory until the backward: less than any that makes some of them again."""
+    return replace(instance, nodes=tuple(replace(node, choices=tuple(replace(c, saved=0.0) for c in node.choices))
+                                         for node in instance.nodes))
+
+
 def _node(node: Node, each: float, once: float, saved: float) -> Node:
     def choice(c: Choice) -> Choice:
         return replace(c, forward=c.forward * each, backward=c.backward * each, optimizer=c.optimizer * once,

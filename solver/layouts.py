@@ -30,6 +30,7 @@ class Search:
     task: Task
     price: Callable[[Cells], float]
     end: float
+    clock: Callable[[], float] = time.perf_counter
     best: float = math.inf
     devices: Cells = ()
     open: list[float] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Search:
         if len(state.cells) == self.task.size:
             self.known(state.cells if self.turns else self.columns.aligned(state.cells))
             return
-        if time.perf_counter() > self.end:
+        if self.clock() > self.end:
             self.open.append(bound)
             return
         if state.cells and len(state.cells) % self.task.width == 0 and self._dominated(state):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from autopar.core.collectives import ROUNDS, Network, ring_rates, stage_link
@@ -29,10 +29,11 @@ from autopar.solver.grid import NOTHING, Ring, Send, Task, links_of
 from autopar.solver.layouts import Search
 
 Devices = tuple[int, ...]
+Clock = Callable[[], float]
 STARTS = 4
 """Layouts that are improved before others are searched."""
 IMPROVING = 0.2
-"""The part of the time that this may take."""
+"""The part of the time that pricing them may take, and improving them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,28 +142,53 @@ def starts(instance: Instance, classes: Sequence[Sequence[int]]) -> Iterator[Dev
         yield tuple(line[c * places + j] for j in range(places) for c in range(width))
 
 
-def place(instance: Instance, limit_s: float = 10.0) -> Placed:
-    """The best layout, proven where the search ends within `limit_s`."""
-    end = time.perf_counter() + limit_s
+def place(instance: Instance, limit_s: float = 10.0, clock: Clock = time.perf_counter) -> Placed:
+    """The best layout, proven where the search ends within `limit_s` as `clock` counts them."""
+    end = clock() + limit_s
     if len(instance.network.hosts) != instance.size:
         raise AutoparError(f"the grid has {instance.size} cells, the network {len(instance.network.hosts)} devices; "
                            "use a grid of as many")
     classes = classes_of(instance.network, range(instance.size))
-    search = Search(_task(instance, classes), lambda devices: price(instance, devices), end)
-    for devices in sorted(set(starts(instance, classes)), key=search.price)[:STARTS]:
-        search.known(_improved(instance, classes, devices, time.perf_counter() + IMPROVING * limit_s / STARTS))
+    search = Search(_task(instance, classes), lambda devices: price(instance, devices), end, clock)
+    soon = Until(clock, clock() + IMPROVING * limit_s)
+    for devices in _good_starts(instance, classes, soon):
+        each = Until(clock, clock() + IMPROVING * limit_s / STARTS)
+        search.known(_improved(instance, classes, devices, each))
     search.run()
     return Placed(search.devices, search.best, min([search.best, *search.open]))
 
 
-def _improved(instance: Instance, classes: Sequence[Devices], devices: Devices, end: float) -> Devices:
+@dataclass(frozen=True, slots=True)
+class Until:
+    """A time on a clock."""
+
+    clock: Clock
+    end: float
+
+    @property
+    def over(self) -> bool:
+        """Whether it is past."""
+        return self.clock() > self.end
+
+
+def _good_starts(instance: Instance, classes: Sequence[Devices], until: Until) -> list[Devices]:
+    """The best layouts of those that there is time to price."""
+    found = list[tuple[float, Devices]]()
+    for devices in starts(instance, classes):
+        found.append((price(instance, devices), devices))
+        if until.over:
+            break
+    return [devices for _, devices in sorted(dict.fromkeys(found))[:STARTS]]
+
+
+def _improved(instance: Instance, classes: Sequence[Devices], devices: Devices, until: Until) -> Devices:
     """`devices` with pairs of them exchanged as long as that is better."""
     home = {d: k for k, each in enumerate(classes) for d in each}
     best, better = price(instance, devices), True
     while better:
         better = False
         for i, j in itertools.combinations(range(len(devices)), 2):
-            if time.perf_counter() > end:
+            if until.over:
                 return devices
             if home[devices[i]] != home[devices[j]]:
                 other = list(devices)

@@ -67,6 +67,18 @@ def test_a_layout_by_hand_is_taken_and_priced_beside_the_solvers() -> None:
     assert verify(plans[1], context, cluster)[0] == pytest.approx(plans[1].step_time_s, rel=1e-6)
 
 
+def test_stages_recompute_within_a_budget_and_never_exceed_it() -> None:
+    context, cluster = model_context("gpt2"), hosts(2, 1)
+    asked = Request("gpt2", "pp", solver="highs", stages=2, micro_batches=4)
+    free = last = solve(context, cluster, asked)[0]
+    for share in (0.9, 0.85):
+        plan = solve(context, cluster, replace(asked, memory_budget=share * free.memory.total))[0]
+        assert plan.memory.total <= share * free.memory.total and plan.step_time_s >= last.step_time_s * (1 - 1e-9)
+        last = plan
+    assert last.checkpoints and Plan.from_json(last.to_json()) == last
+    assert verify(last, context, cluster)[0] == pytest.approx(last.step_time_s, rel=1e-6)
+
+
 @pytest.mark.parametrize(("asked", "said"), [
     ({"stages": 4, "layout": HandLayout(((0, 1), (2, 3)))}, "ppranks have 2 ranks each, .* 4 stages; use .* pp=2"),
     ({"stages": 2, "layout": HandLayout(((0, 1), (2, 2)))}, r"ppranks miss ranks \[3\] and repeat \[2\]"),

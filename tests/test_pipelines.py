@@ -87,6 +87,7 @@ WAYS = [
     Way("gpt2", 4, {"mode": "pp+zero", "pp": 2, "micro_batches": 4}),
     Way("bert", 4, {"mode": "pp+sequence", "pp": 2, "micro_batches": 2}),
     Way("vit", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 2}),
+    Way("gpt2", 2, {"mode": "pp", "pp": 2, "micro_batches": 4, "memory_budget": 712e3}),  # recomputes
     Way("mlp", 2, {"mode": "pp", "pp": 2, "micro_batches": 8}, "gpipe"),
     Way("gpt2", 4, {"mode": "pp1d", "pp": 2, "tp": 2, "micro_batches": 2}, "interleaved"),
     Way("llama", 2, {"mode": "pp", "pp": 2, "micro_batches": 2}, "interleaved"),

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
+from autopar.core.assembly import Entry, Instance, Place, Run, Taken, Tie, price, waits
 from autopar.core.errors import Infeasible
-from autopar.solver.assembly import Entry, Instance, Place, Run, Taken, Tie, assemble, price, waits
+from autopar.solver.assembly import assemble, solved
 
 
 def instance_of(seed: int) -> Instance:
@@ -56,12 +57,14 @@ def test_assembly_is_the_best_of_all(block: int) -> None:
     for seed in range(12 * block, 12 * block + 12):
         instance, wanted = instance_of(seed), brute_force(instance_of(seed))
         if math.isinf(wanted):
-            with pytest.raises(Infeasible, match="GiB"):
-                assemble(instance)
+            for way in (assemble, solved):
+                with pytest.raises(Infeasible, match="GiB"):
+                    way(instance)
         else:
-            found = assemble(instance)
-            assert found.priced.seconds == pytest.approx(wanted, rel=1e-6), seed
-            assert found.bound == pytest.approx(wanted, rel=1e-6)
+            for way in (assemble, solved):
+                found = way(instance)
+                assert found.priced.seconds == pytest.approx(wanted, rel=1e-6), seed
+                assert found.bound == pytest.approx(wanted, rel=1e-6)
 
 
 def test_equal_layers_are_counted() -> None:
@@ -71,6 +74,18 @@ def test_equal_layers_are_counted() -> None:
     found = assemble(Instance(runs, tuple(Place(wait=wait) for wait in waits(16)), 32))
     assert found.gap == 0.0
     assert found.priced.period == pytest.approx(20.4)  # six layers and the head
+
+
+def test_recomputation_is_where_it_is_needed_most() -> None:
+    """48 layers of five entries on 24 stages: what is kept for more micro-batches is kept less."""
+    layer = Run("h", 48, tuple(Entry(1.0, 2.0 + again, 0.1, 1e9, (4 - 4 * again) * 1e8, 1e8 * again)
+                               for again in (0.0, 0.2, 0.4, 0.7, 0.9)))
+    runs = (Run("embedding", 1, (Entry(0.1, 0.2),)), layer, Run("head", 1, (Entry(0.8, 1.6),)))
+    places = tuple(Place(5e9, flight=24 - j, wait=wait) for j, wait in enumerate(waits(24)))
+    found = assemble(Instance(runs, places, 96))
+    again = [sum(e * n for e, n in enumerate(stage[1])) for stage in found.taken]
+    assert again[0] > again[-1] == 0
+    assert all(held <= 5e9 for held in found.priced.held)
 
 
 def test_more_stages_than_segments_are_refused() -> None:
