@@ -88,7 +88,7 @@ class Lowerings:
 
     def plain(self, decision: Decision, setting: Setting) -> Memory:
         """Bytes where it is left to whoever runs the segments what they keep."""
-        return memory_of(self.ways(decision, setting), {}, surrounding_bytes(decision, setting))
+        return memory_of(self.ways(decision, setting), {}, surrounding_bytes(setting))
 
 
 def recomputing(decision: Decision, setting: Setting, lowerings: Lowerings, solver: str = "cbc") -> Within:
@@ -151,7 +151,7 @@ def best_within(problem: Problem, lowerings: Lowerings, solver: str, beat: float
         made, refusals = _tried(problem, choices, lowerings, solver)
         refused += refusals
         best = made if made and (best is None or made.priced.seconds < best.priced.seconds) else best
-    around = surrounding_bytes(problem.decide(first), problem.setting)
+    around = surrounding_bytes(problem.setting)
     bound = bound_within(prices, problem.setting.budget - around)
     if best is None:
         return Found(None, bound, min(refused, key=lambda refusal: refusal.least_budget_bytes or math.inf))

@@ -615,7 +615,7 @@ def _recomputed(plan: Plan, ctx: Context, setting: Setting) -> tuple[float, floa
         executable = lowered(decision, setting)
         priced, memory = reprice(executable, setting)
         if plan.memory.around is not None:
-            memory = memory_of(ways_of(executable, setting), decision.kept, surrounding_bytes(decision, setting))
+            memory = memory_of(ways_of(executable, setting), decision.kept, surrounding_bytes(setting))
         return priced.seconds, memory.total
     small, _ = pipelines.MicroContexts(ctx).of(plan.micro_batches)
     return pipelines.recomputed(plan.pipelining, decision_of(plan, small), setting)

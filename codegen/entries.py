@@ -11,6 +11,7 @@ from torch import fx
 from autopar.codegen.executable import Call, Executable
 from autopar.codegen.reprice import Memory, Tally, copied, retained_by, tally_calls
 from autopar.codegen.stages import ports_behind
+from autopar.codegen.surrounding import surrounding_bytes
 from autopar.core.assembly import Entry, Instance, Place, Run, Tie, waits
 from autopar.core.checkpoint import Kept, keep
 from autopar.core.collectives import stage_link
@@ -157,8 +158,8 @@ def _step_seconds(decision: Decision, node: fx.Node, setting: Setting) -> float:
 
 
 def _places(setting: Setting, pipe: Pipe, schedule: Schedule) -> tuple[Place, ...]:
-    """Where each stage runs."""
-    size, found = setting.mesh.size, []
+    """Where each stage runs, and what its tensors may hold there."""
+    size, found, around = setting.mesh.size, [], surrounding_bytes(setting)
     shown = waits(pipe.stages) if schedule == "1f1b" else (0.0,) * pipe.stages
     parts = [setting.layout[j * size:(j + 1) * size] for j in range(pipe.devices)]
     for j in range(pipe.stages):
@@ -166,7 +167,7 @@ def _places(setting: Setting, pipe: Pipe, schedule: Schedule) -> tuple[Place, ..
         alpha, beta = stage_link(setting.cluster, tuple(zip(mine, following, strict=False)))
         here = slowest([setting.cluster.devices[d] for d in mine])
         slow = setting.device.matmul_flops("bf16") / here.matmul_flops("bf16")
-        found.append(Place(setting.budget_of(mine), slow, in_flight(schedule, pipe, j), alpha, beta, shown[j]))
+        found.append(Place(setting.budget_of(mine) - around, slow, in_flight(schedule, pipe, j), alpha, beta, shown[j]))
     return tuple(found)
 
 

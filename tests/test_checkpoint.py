@@ -119,7 +119,8 @@ MOVES = [
 ]
 
 
-@pytest.mark.parametrize(("job", "before", "after"), MOVES, ids=str)
+@pytest.mark.parametrize(("job", "before", "after"), [
+    pytest.param(*move, marks=[pytest.mark.slow] * (place in (3, 5, 7))) for place, move in enumerate(MOVES)], ids=str)
 def test_resumed_run_is_the_uninterrupted_one(pool: Pools, tmp_path: Path, job: Job, before: Way, after: Way) -> None:
     expected = pool(before.world_size).run(first_part, job, before, str(tmp_path))[0]
     for found in pool(after.world_size).run(second_part, job, after, str(tmp_path)):

@@ -116,7 +116,7 @@ def wanted(name: str, by_closure: bool) -> Any:
 
 
 @pytest.mark.parametrize(("ranks", "options"), [
-    (2, {"mode": "zero3"}), (2, {"mode": "1d"}),
+    (2, {"mode": "zero3"}), pytest.param(2, {"mode": "1d"}, marks=pytest.mark.slow),
     pytest.param(4, {"mode": "zero+1d", "mesh": (2, 2)}, marks=pytest.mark.slow)], ids=str)
 def test_ahead_of_time(pool: Any, ranks: int, options: dict[str, Any]) -> None:
     for found in pool(ranks).run(ahead, options):

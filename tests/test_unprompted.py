@@ -80,7 +80,7 @@ def test_parameters_rest_cut_over_every_axis_under_the_least_budget(mesh: Mesh) 
     with pytest.raises(Infeasible) as refusal:
         solve(context, cluster, Request("gpt2", mesh=mesh, memory_budget=1.0, solver="highs"))
     assert refusal.value.least_budget_bytes is not None
-    budget = LEAST_PLUS * refusal.value.least_budget_bytes
+    budget = refusal.value.least_budget_bytes + 1.0  # most of it are no tensors of so small a model
     plan, _ = solve(context, cluster, Request("gpt2", mesh=mesh, memory_budget=budget, solver="highs"))
     everywhere = {str(axis) for axis in range(len(plan.mesh))}
     assert {p.name: p.spec for p in plan.parameters if axes_of(p.spec) != everywhere} == {}
