@@ -34,11 +34,10 @@ from autopar.passes.segments import annotate
 from autopar.passes.staged import as_staged, without_results
 from autopar.planned import Bytes, Pipelining, PlannedSegment, PlannedStage, Seconds
 from autopar.solver import mapping
-from autopar.solver.assembly import assemble
+from autopar.solver.assembly import AGREEMENT, assemble
 from autopar.solver.grid import Send
 from autopar.solver.optimise import Begun, begin, finish
 
-AGREEMENT = 1e-6
 WORTH = 1e-3
 """The part of a step below which another layout is not worth solving for."""
 MOST_INTERLEAVED = 4

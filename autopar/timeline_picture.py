@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autopar.core.errors import AutoparError
+from autopar.core.files import save_figure
 from autopar.timeline import Box, Row, Timeline, gib
 from autopar.timeline_page import COLOURS, PALER
 
@@ -36,18 +37,7 @@ def picture(timelines: Sequence[Timeline], summary: str, path: Path) -> None:
     keys = [patches.Patch(color=colour, label=name) for colour, name in COLOURS.values()]
     figure.legend(handles=[*keys, patches.Patch(color="#9bbb59", label="memory")], loc="outside upper center", ncols=7,
                   fontsize=8, frameon=False)
-    _write(figure, path)
-
-
-def _write(figure: Any, path: Path) -> None:
-    draft = path.with_name(f".{path.stem}.draft{path.suffix}")
-    try:
-        figure.savefig(draft, dpi=120)
-        draft.replace(path)
-    except (OSError, ValueError) as error:
-        raise AutoparError(f"cannot draw to {path}: {error}; choose a folder that can be written") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    save_figure(figure, path, "choose a folder that can be written")
 
 
 def _pitch(timeline: Timeline) -> float:

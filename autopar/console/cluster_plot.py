@@ -9,6 +9,7 @@ from typing import Any
 from autopar.console.cluster_report import groups_text
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
+from autopar.core.files import save_figure
 
 
 def draw(cluster: Cluster, path: Path) -> None:
@@ -25,14 +26,7 @@ def draw(cluster: Cluster, path: Path) -> None:
     _links(cluster, figure, links)
     _curves(cluster, curves)
     figure.suptitle(str(cluster))
-    draft = path.with_name(f".{path.stem}.draft{path.suffix or '.png'}")
-    try:
-        figure.savefig(draft, dpi=120)
-        draft.replace(path)
-    except (OSError, ValueError) as error:
-        raise AutoparError(f"cannot draw to {path}: {error}; choose a name such as links.png") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    save_figure(figure, path, "choose a name such as links.png")
 
 
 def _links(cluster: Cluster, figure: Any, axes: Any) -> None:

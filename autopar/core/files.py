@@ -60,3 +60,15 @@ def typed(what: str, value: Any, kind: type[Value]) -> Value:
     if isinstance(value, kind) and not isinstance(value, bool):
         return value
     raise AutoparError(f"{what} is {value!r}, needed is one of type {kind.__name__}")
+
+
+def save_figure(figure: Any, path: Path, remedy: str) -> None:
+    """Save a matplotlib figure whole or not at all, as PNG where `path` has no suffix. Raises AutoparError."""
+    draft = path.with_name(f".{path.stem}.draft{path.suffix or '.png'}")
+    try:
+        figure.savefig(draft, dpi=120)
+        draft.replace(path)
+    except (OSError, ValueError) as error:
+        raise AutoparError(f"cannot draw to {path}: {error}; {remedy}") from error
+    finally:
+        draft.unlink(missing_ok=True)
