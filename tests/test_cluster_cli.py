@@ -18,8 +18,8 @@ from autopar.core.cluster import Cluster
 from autopar.core.curves import Curve
 from autopar.core.measured import Measured
 from autopar.launch import LAUNCHERS
+from tests.paths import PYTHONPATH, ROOT
 
-ROOT = Path(__file__).parents[1]
 COLLECTIVES = (Measured("all_reduce", ((0, 1), (2, 3)), Curve((1e3, 1e6, 1e9), (2e-5, 4e-5, 4e-3), 0.021)),
                Measured("all_gather", ((0, 1, 2, 3),), Curve((1e3, 1e9), (2e-5, 3e-3), 0.004)))
 # A rank that dies in the middle of it, by RANK.
@@ -49,7 +49,7 @@ def ranks(count: int, *arguments: str, dying: str = "none", at: str = "devices",
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-             "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+             "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-c", MEASURE.format(dying=dying, at=at), *arguments]
     started = [subprocess.Popen(command, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(count)]

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.test_watch import ROOT, need
+from tests.paths import PYTHONPATH, ROOT
+from tests.test_watch import need
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = 1e-3
@@ -23,8 +24,8 @@ def curve(ranks: int, options: dict[str, Any], timeline: Path) -> list[float]:
     """The losses of `tests.dropping` on so many GPUs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
                "tests.dropping", json.dumps(options), str(timeline)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                          timeout=SECONDS)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True,
+                          text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-4000:]
     found: list[float] = json.loads(done.stdout.splitlines()[-1])
     return found

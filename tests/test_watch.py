@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.paths import PYTHONPATH, ROOT
+
 pytestmark = pytest.mark.dist
-ROOT = Path(__file__).parents[1]
 START_SECONDS, MOST_SECONDS = 200.0, 60.0
 
 
@@ -27,7 +27,7 @@ def run(size: int, how: str, mode: str, started: tuple[int, ...], backend: str =
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "GLOO_SOCKET_IFNAME": "lo"}
     command, rest = [sys.executable, "-m", "tests.losing"], [str(size), str(port), how, mode, backend]
     ranks = [subprocess.Popen([*command, str(rank), *rest], env=environment, cwd=ROOT, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True) for rank in started]

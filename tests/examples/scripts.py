@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import PYTHONPATH, ROOT
+
 SECONDS = 240.0
 
 
 def start(script: str, ranks: int, *arguments: object) -> subprocess.Popen[str]:
     """The launcher of `script` on `ranks` ranks; one rank runs without a launcher."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, *launcher, str(ROOT / "examples" / script), *map(str, arguments)],
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
