@@ -26,7 +26,10 @@ from autopar.core.errors import AutoparError
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 0.5
 LAST_LINES, WIDTH = 12, 200
-DONE = {0: "done", -signal.SIGKILL: "out of time"}
+MARK = "BATCH_JOB"
+"""The environment variable that tells the processes of a job, those in sessions of their own too."""
+LEAVE_SECONDS = 15.0
+"""For a job out of time to say what it knows before it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,8 @@ class Batch:
 
     def _start(self, job: Job, now: float) -> None:
         gpus = tuple(self.free()[:job.gpus])
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), "PYTHONUNBUFFERED": "1",
+                       MARK: job.name}
         with (self.out / f"{job.name}.log").open("wb") as log:
             process = subprocess.Popen(job.command.format(out=self.out), shell=True, cwd=ROOT, env=environment,
                                        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -103,12 +107,20 @@ class Batch:
         print(f"{job.name}: started on {job.gpus} GPUs", flush=True)
 
     def _end(self, each: Running, now: float) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(each.process.pid, signal.SIGKILL)  # what it may have left running, too
+        late = each.process.poll() is None
+        if late:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                each.process.wait(LEAVE_SECONDS)
+        for process in processes_of(each.job):  # what it may have left running, too
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         code = each.process.wait()
         self.running.remove(each)
-        self.told[each.job.name] = (DONE.get(code, f"exit {code}"), now - each.started)
-        print(f"{each.job.name}: {self.told[each.job.name][0]} after {now - each.started:.0f} s", flush=True)
+        how = "out of time" if late else "done" if code == 0 else f"exit {code}"
+        self.told[each.job.name] = (how, now - each.started)
+        print(f"{each.job.name}: {how} after {now - each.started:.0f} s", flush=True)
 
     def summary(self) -> str:
         """How each job ended and what it said last."""
@@ -118,6 +130,16 @@ class Batch:
             said = log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.exists() else []
             parts += [f"== {name}: {how}, {seconds:.0f} s", *(line[:WIDTH] for line in said)]
         return "\n".join(parts)
+
+
+def processes_of(job: Job) -> list[int]:
+    """The processes that a job started and that are still there."""
+    found, mark = [], f"{MARK}={job.name}".encode()
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in entry.read_bytes().split(b"\0"):
+                found.append(int(entry.parent.name))
+    return found
 
 
 def jobs_of(path: Path, only: list[str], gpus: int) -> list[Job]:
