@@ -64,7 +64,8 @@ def main(rank: int, size: int, port: int, how: str, mode: str, backend: str) -> 
     case = gpt2(layers=3 if last and how == "model" else 2)
     # Who is lost is told alike by all compilers: one mode takes that of the device, others the quick one.
     model = autopar.compile(case.model, quick(size) if backend == "gloo" else None, inputs=case.inputs, mode=mode,
-                            precision="fp32", compiler=None if mode == "zero3" else "eager", mesh=(2, 2) if size == 4 and mode != "pp" else None,
+                            precision="fp32", compiler=None if mode == "zero3" else "eager",
+                            mesh=(2, 2) if size == 4 and mode != "pp" else None,
                             micro_batches=4 if mode == "pp" else None)
     if mode == "pp":
         through_stages(case, model, how if last else "")
