@@ -10,18 +10,21 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-_made: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
-"""The default group and its control group, none or one pair."""
+from autopar.codegen.kept import once
+
 _alarms: list[Callable[[], None]] = []
 
 
 def control() -> dist.ProcessGroup:
     """The group for small talk; collective when it is made, at the first use."""
+    return once("control", _opened)
+
+
+def _opened() -> dist.ProcessGroup:
     world = dist.group.WORLD
-    assert world is not None, "no process group"
-    if not (_made and _made[0][0] is world):
-        _made[:] = [(world, world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))]
-    return _made[0][1]
+    found = world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    assert found is not None
+    return found
 
 
 def exchanged(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
