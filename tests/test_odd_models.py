@@ -132,6 +132,10 @@ def sequence(first: nn.Module) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), nn.Linear(8, 4))
 
 
+def twice(first: nn.Module) -> nn.Module:
+    return nn.Sequential(first, nn.ReLU(), first, nn.Linear(8, 4))
+
+
 SAME: dict[str, Callable[[], Odd]] = {
     "dataclasses in and out": lambda: Odd(Net(of_dataclasses), (Pair(*batch()),), find=lambda out: out["made"].loss),
     "keywords alone, a tuple out": lambda: Odd(Net(by_keyword), dict(zip(("x", "labels"), batch(), strict=True)),
@@ -149,6 +153,8 @@ SAME: dict[str, Callable[[], Odd]] = {
     "orthogonal weights": lambda: Odd(sequence(parametrizations.orthogonal(nn.Linear(8, 8))), batch(),
                                       F.cross_entropy),
     "spectral norms": lambda: Odd(sequence(parametrizations.spectral_norm(nn.Linear(8, 8))), batch(), F.cross_entropy),
+    "a spectral norm twice": lambda: Odd(twice(parametrizations.spectral_norm(nn.Linear(8, 8))), batch(),
+                                         F.cross_entropy),
     "wrapped for several devices": lambda: Odd(nn.DataParallel(sequence(nn.Linear(8, 8))), batch(), F.cross_entropy),
     "one sample": lambda: Odd(sequence(nn.Linear(8, 8)), batch(1), F.cross_entropy),
     "sizes that divide by nothing": lambda: Odd(nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 5)), batch(6),
