@@ -33,7 +33,7 @@ def test_lists_that_can_not_be(tmp_path: Path) -> None:
     with pytest.raises(AutoparError, match="no job is called none"):
         jobs_of(LIST, ["none"], 4)
     with pytest.raises(AutoparError, match="takes 4 GPUs, this machine has 2"):
-        jobs_of(LIST, ["tests-four"], 2)
+        jobs_of(LIST, ["lost-four"], 2)
     (wrong := tmp_path / "wrong.toml").write_text("[[job]]\nname = 3\n")
     with pytest.raises(AutoparError, match="no list of jobs"):
         jobs_of(wrong, [], 4)
