@@ -12,6 +12,7 @@ from autopar.plan_cache import FOLDER
 from tests.pool import Pool
 
 os.environ[FOLDER] = "off"  # of workers and commands too
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes that import torch to wait for kernels
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -52,13 +53,22 @@ def check(rank: int, world_size: int, case_name: str, options: dict[str, Any],
     return abs(float(loss) - float(expected)), max(gradient_errors(model, reference).values()), moved
 
 
-@pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
-@pytest.mark.parametrize(("mode", "mesh"), MODES + ON_TWO_AXES, ids=str)
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", ["gpt2", "resnet"])
+PAIRS = {
+    ("gpt2", 4, "ddp", None, True), ("resnet", 2, "ddp", None, False), ("gpt2", 2, "zero2", None, False),
+    ("resnet", 4, "zero2", None, True), ("gpt2", 4, "zero3", None, False), ("resnet", 2, "zero3", None, True),
+    ("gpt2", 2, "1d", None, True), ("resnet", 4, "1d", None, False), ("gpt2", 4, "sequence", None, True),
+    ("resnet", 2, "sequence", None, False), ("gpt2", 2, "auto", None, False), ("resnet", 4, "auto", None, True),
+    *(("gpt2", 4, mode, mesh, False) for mode, mesh in ON_TWO_AXES),
+    *(("resnet", 4, mode, mesh, True) for mode, mesh in ON_TWO_AXES)}
+"""Each two of model, ranks, mode and parts of the batch together at least once; all else is slow."""
+STEPS = [pytest.param(*step, marks=() if step in PAIRS else pytest.mark.slow) for step in (
+    (name, world_size, mode, mesh, local)
+    for name, world_size, (mode, mesh), local in itertools.product(
+        ("gpt2", "resnet"), (2, 4), MODES + ON_TWO_AXES, (False, True)) if mesh is None or world_size == 4)]
+
+
+@pytest.mark.parametrize(("name", "world_size", "mode", "mesh", "local"), STEPS, ids=str)
 def test_step_equals_the_plain_models(pool: Any, name: str, world_size: int, mode: str, mesh: Any, local: bool) -> None:
-    if mesh is not None and world_size != 4:
-        pytest.skip("a (2, 2) mesh has four ranks")
     options = {"mode": mode, "mesh": mesh}
     for loss_error, gradient_error, buffer_error in pool(world_size).run(check, name, options, local):
         assert loss_error <= TOLERANCE
@@ -71,8 +81,9 @@ def test_zero1_equals_the_plain_model(pool: Any) -> None:
     assert max(max(errors) for errors in pool(2).run(check, "mlp", {"mode": "zero1"}, False)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("mode", ["ddp", "zero3", "1d", "auto"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), [
+    pytest.param(name, mode, marks=pytest.mark.slow if (i + j) % 2 else ())
+    for i, name in enumerate(FAMILIES) for j, mode in enumerate(["ddp", "zero3", "1d", "auto"])])
 def test_families_as_their_authors_wrote_them(pool: Any, name: str, mode: str) -> None:
     for loss_error, gradient_error, _ in pool(2).run(check, name, {"mode": mode, "solver": "highs"}, False):
         assert loss_error <= TOLERANCE

@@ -89,6 +89,7 @@ def test_ctrl_c_ends_in_order(endless: subprocess.Popen[str], tmp_path: Path) ->
     assert latest(tmp_path) is not None
 
 
+@pytest.mark.slow  # tests/test_watch.py loses ranks that no launcher started
 @pytest.mark.skipif(not Path(CHILDREN.format(os.getpid())).exists(), reason="needs Linux's list of child processes")
 def test_the_death_of_a_rank_ends_all(endless: subprocess.Popen[str]) -> None:
     ranks = [int(pid) for pid in Path(CHILDREN.format(endless.pid)).read_text().split()]
