@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ def connect_cuts(columns: Sequence[Sequence[int]], stages: int, device: torch.de
             ends = column[cut % len(column)], column[(cut + 1) % len(column)]
             for phase in ("forward", "backward"):
                 mine: list[int] = sorted(set(ends))
-                group = once(("way", cut, phase, *mine), lambda ranks=mine: dist.new_group(ranks))
+                group = once(("way", cut, phase, *mine), partial(dist.new_group, mine))
                 if dist.get_rank() in ends and len(set(ends)) == 2:
                     peer = ends[1] if dist.get_rank() == ends[0] else ends[0]
                     found[cut, phase] = Link(group, peer)

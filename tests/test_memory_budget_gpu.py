@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 import autopar
+from autopar.codegen.surrounding import WORK_BYTES
 from autopar.core.errors import Infeasible
 from tests.test_exactness import whole
 
 pytestmark = pytest.mark.gpu
+ROUNDING = 4 * 2**20
+"""Bytes of blocks that the allocator does not split, where a rest of less than 1 MiB would be left: no plan knows them.
+"""
 PLENTY = 1e15
 """A budget that does not bind, in bytes."""
 CLOSE = 2e-2
@@ -68,7 +72,7 @@ def test_budgets_are_kept_and_change_nothing() -> None:
         budget = least + share * (plan.memory.device - least) + 1.0
         other, gradients, held, within = step(budget)
         assert within.checkpoints and within.memory.device <= budget
-        assert held <= budget - within.memory.around and held <= peak
+        assert held <= budget - within.memory.around + WORK_BYTES + ROUNDING and held <= peak + ROUNDING
         assert other == pytest.approx(loss, rel=1e-3)
         for name, gradient in gradients.items():
             assert float((gradient - expected[name]).norm()) <= CLOSE * float(expected[name].norm()), name
