@@ -108,8 +108,8 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
-    call is traced. `batch="global"` means that every rank passes the whole batch, `"local"` each its own part; when
-    omitted, shapes tell. `loss_fn(output, target)` makes a loss of a model that returns none: its target is the last
+    call is traced. `batch="global"` means that every rank passes the whole batch, `"local"` each its own part, of
+    whatever size; when omitted, shapes tell. `loss_fn(output, target)` makes a loss of a model that returns none: its target is the last
     positional argument of a call. `returns="all"` keeps outputs besides the loss, as DTensors that lie as the plan
     leaves them; with a `loss_fn` the model then returns (loss, output). A `plan`, or the path of one that rank 0 can
     read, skips solving. `compiler` is "inductor", which compiles each class of equal segments once, in the first step,
