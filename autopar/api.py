@@ -33,7 +33,7 @@ from autopar.deferred import DeferredModule
 from autopar.hush import hushed
 from autopar.material import Material, read_material
 from autopar.passes.blame import check_call
-from autopar.passes.capture import COMPUTE_DTYPE, BatchNorm, Head, Precision, Returns, Stored, capture
+from autopar.passes.capture import COMPUTE_DTYPE, BatchNorm, Head, Precision, Returns, Stored, capture, warn_of_changes
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.decision import Context
 from autopar.passes.lookups import checked
@@ -91,6 +91,7 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
         with hushed():
             program = replace(capture(model, given, precision, loss_fn, returns),
                               stored=STORED[bool(keep_shapes)], head=head, batch_norm=batch_norm)
+        warn_of_changes(program)
         return checked(prepare(program, place))
 
     return solve_best(candidates(call, place, annotated), place, request)

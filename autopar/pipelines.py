@@ -18,6 +18,7 @@ from autopar.codegen.executable import Executable, offline
 from autopar.codegen.executable import build as lower_all
 from autopar.codegen.lower import Target
 from autopar.codegen.reprice import Phase
+from autopar.codegen.stages import check_bonds
 from autopar.codegen.traffic import traffic
 from autopar.core.assembly import Assembled, Instance, Priced, Taken, price
 from autopar.core.cluster import Cluster
@@ -544,10 +545,12 @@ def remapped(found: Found, contexts: MicroContexts, asked: Asked) -> Found:
 def recomputed(pipelining: Pipelining, decision: Decision, setting: Setting) -> tuple[float, float]:
     """(seconds, bytes) of stages from their lowered program. Raises AutoparError where they are not of its segments."""
     schedule = cast(Schedule, pipelining.schedule)
-    assembly = assembly_of(lowered(decision, setting), setting, schedule)
+    executable = lowered(decision, setting)
+    assembly = assembly_of(executable, setting, schedule)
     counts = [stage.segments for stage in pipelining.stages]
     if sum(counts) != len(assembly.calls):
         raise AutoparError(f"the plan's stages have {sum(counts)} segments, the program has {len(assembly.calls)}; the "
                            "plan was edited or made by another version: plan again")
+    check_bonds(executable, list(itertools.accumulate(counts, initial=0)))
     taken = taken_of(assembly, counts)
     return step_seconds(assembly, taken, schedule), max(price(assembly.instance, taken).held)

@@ -39,7 +39,7 @@ from autopar.hush import hushed
 from autopar.material import Material
 from autopar.passes.additive import additive
 from autopar.passes.blame import blame
-from autopar.passes.capture import BatchNorm, Head, Precision, Returns, Stored, capture, meta_twin
+from autopar.passes.capture import BatchNorm, Head, Precision, Returns, Stored, capture, meta_twin, warn_of_changes
 from autopar.passes.decision import Context, Decision, batch_axes
 from autopar.passes.lookups import checked
 from autopar.passes.micro import Micro
@@ -242,6 +242,7 @@ class Programs:
                 program = capture(model, call, self._order.precision, self._order.loss_fn, self._order.returns)
             program = replace(program, stored=self._order.stored, head=self._order.head,
                               batch_norm=self._order.batch_norm)
+            warn_of_changes(program)
             return checked(prepare(program, self._order.cluster))
         return together(annotated)
 

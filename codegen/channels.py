@@ -1,7 +1,13 @@
 """Ways between stages: for each cut and direction a process group of two ranks, on which messages keep their order.
 
 Activations and gradients never share a way, so that neither waits for the other and nothing has to be paired: a stage
-starts to receive what it needs next before it computes, and sends what it made while it goes on.
+receives what it needs next while it computes, and sends what it made while it goes on.
+
+Under NCCL two things could wait for each other for ever, and are kept apart. A way is opened by its first message, for
+which the host of either end waits for the other's: every way is used once, in one order, before steps begin. And a
+message that is on its way is a kernel which runs until it has come, for which the host waits wherever it waits for its
+device, as it does to load code or to free memory: a receive begins after the host has launched what it has to compute
+meanwhile, on a stream that does not wait for that.
 """
 
 from __future__ import annotations
@@ -9,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autopar.codegen.kept import once
 from autopar.codegen.stages import Port
 from autopar.core.errors import RankLost
 
@@ -29,8 +37,9 @@ class Link:
     peer: int
 
 
-def connect_cuts(columns: Sequence[Sequence[int]], stages: int) -> Links:
-    """This rank's links; `columns` are the ranks, by device of the pipeline, that hand values on to each other.
+def connect_cuts(columns: Sequence[Sequence[int]], stages: int, device: torch.device) -> Links:
+    """This rank's links; `columns` are the ranks, by device of the pipeline, that hand values on to each other, which
+    lie on `device`.
 
     Collective over the world.
     """
@@ -39,11 +48,23 @@ def connect_cuts(columns: Sequence[Sequence[int]], stages: int) -> Links:
         for cut in range(stages - 1):
             ends = column[cut % len(column)], column[(cut + 1) % len(column)]
             for phase in ("forward", "backward"):
-                group = dist.new_group(sorted(set(ends)))
+                mine: list[int] = sorted(set(ends))
+                group = once(("way", cut, phase, *mine), lambda ranks=mine: dist.new_group(ranks))
                 if dist.get_rank() in ends and len(set(ends)) == 2:
                     peer = ends[1] if dist.get_rank() == ends[0] else ends[0]
                     found[cut, phase] = Link(group, peer)
+                    _greet(found[cut, phase], device)
     return found
+
+
+def _greet(link: Link, device: torch.device) -> None:
+    """Use a way once; the host waits."""
+    act = dist.isend if dist.get_rank() < link.peer else dist.irecv
+    with _there(link.peer):
+        for work in dist.batch_isend_irecv([dist.P2POp(act, torch.zeros(1, device=device), link.peer, link.group)]):
+            work.wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -59,14 +80,25 @@ def _there(peer: int) -> Iterator[None]:
 
 @dataclass(eq=False)
 class Message:
-    """Tensors on their way to or from rank `peer`; `wait` makes the device, or without one this process, wait."""
+    """Tensors on their way to or from rank `peer`, or about to be, where there is a `start` that brings them there.
+
+    `wait` makes the device, or without one this process, wait.
+    """
 
     tensors: list[Tensor]
     works: list[dist.Work]
     peer: int = -1
+    start: Callable[[], list[dist.Work]] | None = None
+
+    def begin(self) -> None:
+        """Start, unless it has been started."""
+        if self.start is not None:
+            start, self.start = self.start, None
+            self.works = start()
 
     def wait(self) -> list[Tensor]:
         """The tensors once they have come, or left. Raises RankLost where the other rank is gone."""
+        self.begin()
         with _there(self.peer):
             for work in self.works:
                 work.wait()
@@ -89,12 +121,25 @@ class Post:
     def send(self, cut: int, phase: str, tensors: Sequence[Tensor]) -> None:
         """Start to send."""
         self.leaving = [message for message in self.leaving if not message.done]
-        self.leaving.append(self._start(dist.isend, cut, phase, [t.contiguous() for t in tensors]))
+        leaving = self._message(dist.isend, cut, phase, [t.contiguous() for t in tensors])
+        leaving.begin()
+        self.leaving.append(leaving)
 
     def receive(self, cut: int, phase: str, ports: Sequence[Port]) -> Message:
-        """Start to receive what goes through `ports`."""
-        return self._start(dist.irecv, cut, phase, [torch.empty(p.shape, dtype=p.dtype, device=self.device)
-                                                    for p in ports])
+        """What comes through `ports`, to be received once the device has done what it was given until now. On CPUs
+        that has been started, on GPUs it is by `begin`."""
+        message = self._message(dist.irecv, cut, phase, [torch.empty(p.shape, dtype=p.dtype, device=self.device)
+                                                         for p in ports])
+        if self.device.type != "cuda":
+            message.begin()
+        elif message.start is not None:
+            message.start = _beside(self._stream, message.start)
+        return message
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """From which receives begin."""
+        return torch.cuda.Stream(self.device)
 
     def finish(self) -> None:
         """Wait until everything has left."""
@@ -102,11 +147,25 @@ class Post:
             message.wait()
         self.leaving = []
 
-    def _start(self, act: Callable[..., dist.Work | None], cut: int, phase: str, tensors: list[Tensor]) -> Message:
+    def _message(self, act: Callable[..., dist.Work | None], cut: int, phase: str, tensors: list[Tensor]) -> Message:
         if not tensors:
             return Message([], [])
         link = self.links[cut, phase]
         parcel = [t.view(torch.uint8) if t.dtype == torch.bool else t for t in tensors]
-        with _there(link.peer):
-            works = dist.batch_isend_irecv([dist.P2POp(act, t, link.peer, link.group) for t in parcel])
-        return Message(tensors, works, link.peer)
+
+        def start() -> list[dist.Work]:
+            with _there(link.peer):
+                return dist.batch_isend_irecv([dist.P2POp(act, t, link.peer, link.group) for t in parcel])
+        return Message(tensors, [], link.peer, start)
+
+
+def _beside(stream: torch.cuda.Stream, start: Callable[[], list[dist.Work]]) -> Callable[[], list[dist.Work]]:
+    """`start` from `stream`, after what the current one was given until now and not what it is given later: memory
+    that is received into may have been another value's."""
+    before = torch.cuda.current_stream().record_event()
+
+    def started() -> list[dist.Work]:
+        stream.wait_event(before)
+        with torch.cuda.stream(stream):
+            return start()
+    return started

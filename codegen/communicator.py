@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from autopar.codegen.kept import once
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 
@@ -90,7 +91,8 @@ def _start(members: tuple[Ranks, ...]) -> str:
         return ""
     if len(members[0]) == dist.get_world_size():
         return _name(dist.group.WORLD)
-    return _name(dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])[0])
+    return once(("groups", members),
+                lambda: _name(dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])[0]))
 
 
 def _name(group: dist.ProcessGroup | None) -> str:

@@ -12,13 +12,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from autopar.codegen.kept import once
 from autopar.core.errors import RankLost
 
 NEWS_SECONDS = 2.0
 """How long one that can't go on waits to hear which rank it is that is gone."""
-
-_made: list[tuple[dist.ProcessGroup, dist.ProcessGroup]] = []
-"""The default group and its control group, none or one pair."""
 _alarms: list[Callable[[], None]] = []
 _away: dict[int, bool] = {}
 """The ranks that are known to be away, the first first, and whether each took leave."""
@@ -27,11 +25,14 @@ _heard = threading.Event()
 
 def control() -> dist.ProcessGroup:
     """The group for small talk; collective when it is made, at the first use."""
+    return once("control", _opened)
+
+
+def _opened() -> dist.ProcessGroup:
     world = dist.group.WORLD
-    assert world is not None, "no process group"
-    if not (_made and _made[0][0] is world):
-        _made[:] = [(world, world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))]
-    return _made[0][1]
+    found = world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    assert found is not None
+    return found
 
 
 def exchanged(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from torch import fx
 
 from autopar.codegen.executable import Call, Executable
 from autopar.codegen.reprice import Memory, Tally, copied, retained_by, tally_calls
-from autopar.codegen.stages import ports_behind
+from autopar.codegen.stages import bonds_of, ports_behind
 from autopar.codegen.surrounding import surrounding_bytes
 from autopar.core.assembly import Entry, Instance, Place, Run, Tie, waits
 from autopar.core.checkpoint import Kept, keep
@@ -88,7 +88,7 @@ def assembly_of(executable: Executable, setting: Setting, schedule: Schedule, me
     made = tuple(Run(executable.calls[run[0]].segment.name, len(run), each, calls[run[0]].sent, calls[run[-1]].sent)
                  for run, each in zip(runs, entries, strict=True))
     return Assembly(Instance(made, _places(setting, pipe, schedule), setting.micro_batches,
-                             _ties(executable, runs, setting), pipe.devices), calls)
+                             _ties(executable, runs, setting), pipe.devices, bonds_of(executable)), calls)
 
 
 def pipe_of(schedule: Schedule, setting: Setting) -> Pipe:

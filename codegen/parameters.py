@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from autopar.codegen import private
+from autopar.codegen.kept import once
 from autopar.core.mesh import Mesh
 from autopar.passes.strategies import Storage, gather_dim
 
@@ -58,7 +59,8 @@ class Stored:
 def device_mesh(mesh: Mesh, kind: str) -> DeviceMesh:
     """The torch mesh of `mesh`, its axes named a0, a1, …; collective."""
     names = tuple(f"a{axis}" for axis in mesh.axes)
-    return DeviceMesh(kind, torch.tensor(mesh.devices).reshape(mesh.shape), mesh_dim_names=names)
+    return once(("mesh", kind, mesh), lambda: DeviceMesh(kind, torch.tensor(mesh.devices).reshape(mesh.shape),
+                                                         mesh_dim_names=names))
 
 
 def submesh(mesh: DeviceMesh, axes: tuple[int, ...]) -> DeviceMesh:
@@ -77,7 +79,7 @@ def at_rest(full: Tensor, stored: Stored, mesh: DeviceMesh, requires_grad: bool)
 
 def whole_everywhere(parameter: nn.Parameter, kind: str) -> nn.Parameter:
     """The parameter as a DTensor of the same storage, replicated over all ranks, which run on devices of `kind`."""
-    world = DeviceMesh(kind, list(range(dist.get_world_size())))
+    world = once(("world", kind), lambda: DeviceMesh(kind, list(range(dist.get_world_size()))))
     whole = DTensor.from_local(parameter.detach(), world, [Replicate()], run_check=False)
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 

@@ -1,7 +1,7 @@
 """A step of a pipeline: the whole schedule inside of one call, its gradients kept for the loss's backward.
 
-    a call            every action of the schedule in order; receives one action ahead; at the end the sums of gradients
-                      that are made once a step, and those of parameters that several stages read
+    a call            every action of the schedule in order, what comes from other stages received meanwhile; at the end
+                      the sums of gradients that are made once a step, and those of parameters that several stages read
     loss.backward()   what was kept, times the gradient of the loss, goes to `.grad` as that of any loss
 """
 
@@ -26,7 +26,7 @@ from autopar.codegen.stopwatch import Stopwatch
 from autopar.codegen.tape import Pass, Sums, at_rest, rest_of
 from autopar.codegen.travel import local_of
 from autopar.core.errors import AutoparError, RankLost
-from autopar.core.schedules import Action, Pipe, Schedule, actions
+from autopar.core.schedules import PHASES, Action, Phase, Pipe, Schedule, actions, arrivals
 from autopar.passes.decision import Decision
 from autopar.passes.micro import Count
 
@@ -95,34 +95,39 @@ class Step:
     watch: Stopwatch | None = None
     losses: list[Values] = field(default_factory=list)
 
-    def play(self, order: Sequence[Action]) -> None:
-        """Run all actions."""
+    def play(self, *phases: Phase) -> None:
+        """Run all actions of `phases`."""
+        place, pipe = self.line.place, self.staged.pipe
+        order = [action for action in actions(self.staged.schedule, pipe, place) if action.phase in phases]
+        coming = arrivals(self.staged.schedule, pipe, phases)[place]
         last = {action.stage: action for action in order if action.phase == "backward"}
-        for number, (action, following) in enumerate(zip(order, [*order[1:], None], strict=True)):
-            self._expect(action)
-            if following is not None:
-                self._expect(following)
-            came = self.coming.pop(action).wait()
+        self._expect(coming[0])
+        self._begin(coming[0])
+        for number, (action, following) in enumerate(zip(order, [*coming[1:], ()], strict=True)):
+            self._expect(following)
+            came = self.coming.pop(action).wait() if action in self.coming else []
             with nullcontext() if self.watch is None else self.watch.over(number, action.phase):
                 if action.phase == "forward":
                     self._forward(action, came)
                 else:
                     self._backward(action, came, action is last[action.stage])
+            self._begin(following)
         self.line.post.finish()
 
     def _stage(self, action: Action) -> Stage:
         return next(stage for stage in self.staged.stages if stage.index == action.stage)
 
-    def _expect(self, action: Action) -> None:
-        """Start to receive what an action needs."""
-        if action in self.coming:
-            return
-        stage = self._stage(action)
-        forward = action.phase == "forward"
-        cut, ports = (action.stage - 1, list(stage.received)) if forward else (action.stage,
-                                                                              _differentiable(stage.sent))
-        inside = 0 <= cut < self.staged.pipe.stages - 1
-        self.coming[action] = self.line.post.receive(cut, action.phase, ports) if inside else Message([], [])
+    def _expect(self, following: Sequence[Action]) -> None:
+        """Have room for what actions need from other stages."""
+        for action in following:
+            stage, forward = self._stage(action), action.phase == "forward"
+            ports = list(stage.received) if forward else _differentiable(stage.sent)
+            self.coming[action] = self.line.post.receive(action.stage - forward, action.phase, ports)
+
+    def _begin(self, following: Sequence[Action]) -> None:
+        """Start to receive it."""
+        for action in following:
+            self.coming[action].begin()
 
     def _forward(self, action: Action, arrived: list[Tensor]) -> None:
         stage = self._stage(action)
@@ -193,7 +198,7 @@ class Pipeline:
             raise
 
     def _stepped(self, staged: Staged, given: Values, turn: Turn, watch: Stopwatch | None) -> Values:
-        scale, order = self.scales[0], actions(staged.schedule, staged.pipe, self.line.place)
+        scale = self.scales[0]
         engines = {stage.index: self._engine(stage) for stage in staged.stages}
         sums = {index: Sums(self.bringing, staged.pipe.micro_batches > 1) for index in engines}
         step = Step(staged, self.line, engines, sums, self._parts(staged, given), turn, scale, watch=watch)
@@ -202,9 +207,9 @@ class Pipeline:
                 engine.release()
             if not (staged.training and torch.is_grad_enabled()):
                 with torch.no_grad():
-                    step.play([action for action in order if action.phase == "forward"])
+                    step.play("forward")
                 return self._told(staged, step)
-            step.play(order)
+            step.play(*PHASES)
             held = {name: p for name, p in self.parameters().items() if p.requires_grad}
             kept = self._finished(sums, held)
         finally:

@@ -24,18 +24,24 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 
 def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     """This rank's part on `dim` of the sum of all ranks' `x`."""
+    if group.size == 1:
+        return _alone(x)
     parts = _arranged(_split(_countable(x), group, dim), group.parts).contiguous()
     return private.reduce_scatter(parts, group.size, group.name).squeeze(0).to(x.dtype)
 
 
 def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
     """All ranks' parts joined on `dim`."""
+    if group.size == 1:
+        return _alone(x)
     parts = private.all_gather(x.contiguous().unsqueeze(0), group.size, group.name)
     return _joined(_arranged(parts, group.order), dim)
 
 
 def all_to_all(x: Tensor, group: Group, source: int, target: int) -> Tensor:
     """From the part on `source` of the whole to the part on `target`."""
+    if group.size == 1:
+        return _alone(x)
     parts = _arranged(_split(x, group, target), group.parts).contiguous()
     return _joined(_arranged(private.all_to_all(parts, group.size, group.name), group.order), source)
 
@@ -73,6 +79,11 @@ LOCAL: dict[Primitive, Callable[..., Tensor]] = {
     "pad": pad,
 }
 """(local tensor, group, the dims sharded before and after) -> local tensor."""
+
+
+def _alone(x: Tensor) -> Tensor:
+    """What a group of one rank, which torch has no name for, makes of `x`."""
+    return private.unaliased(x.contiguous())
 
 
 def _countable(x: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ import torch
 from torch import fx
 
 from autopar.codegen.executable import Executable
+from autopar.core.assembly import Bond
 from autopar.core.errors import AutoparError
+from autopar.passes.buffers import accesses, buffer_of
 from autopar.passes.decision import Decision
 from autopar.passes.functional import value_of
 from autopar.passes.layout import local_shape
@@ -60,8 +62,32 @@ def cut_at(starts: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
     return (*places, len(names))
 
 
+def bonds_of(executable: Executable) -> tuple[Bond, ...]:
+    """The calls that one stage has to run, as they share a buffer that one of them writes."""
+    factored = executable.decision.context.segmented.factored
+    written = accesses(factored)
+    places: dict[fx.Node, list[int]] = {}
+    for i, call in enumerate(executable.calls):
+        for buffer in dict.fromkeys(buffer_of(node, factored) for node in call.segment.externals):
+            if buffer in written:
+                places.setdefault(buffer, []).append(i)
+    return tuple(Bond(found[0], found[-1], factored.program.sources[buffer.name].name)
+                 for buffer, found in places.items() if found[0] < found[-1])
+
+
+def check_bonds(executable: Executable, bounds: Sequence[int]) -> None:
+    """Raises AutoparError where a cut parts what one stage has to run."""
+    names = [call.segment.name for call in executable.calls]
+    for bond in bonds_of(executable):
+        for bound in (b for b in bounds if bond.first < b <= bond.last):
+            raise AutoparError(f"a stage begins at segment {names[bound]}, and segments {names[bond.first]} to "
+                               f"{names[bond.last]} share buffer {bond.name}, which the forward writes; let one stage "
+                               "run them all: plan again")
+
+
 def stages_of(executable: Executable, bounds: Sequence[int]) -> tuple[Stage, ...]:
-    """The stages that hold calls `bounds[j]` to `bounds[j + 1]` - 1 each."""
+    """The stages that hold calls `bounds[j]` to `bounds[j + 1]` - 1 each. Raises AutoparError."""
+    check_bonds(executable, bounds)
     ports = [_ports(_crossing(executable, bound), executable.decision) for bound in bounds]
     outputs = frozenset(executable.outputs)
     return tuple(Stage(j, _part(executable, first, last, ports[j + 1], outputs), ports[j], ports[j + 1])

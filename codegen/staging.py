@@ -15,6 +15,7 @@ from autopar.codegen.channels import Post, connect_cuts
 from autopar.codegen.communicator import Axes, Communicator, Group, connect
 from autopar.codegen.engine import Parameters
 from autopar.codegen.executable import Executable
+from autopar.codegen.kept import once
 from autopar.codegen.offers import batched
 from autopar.codegen.pipeline import Line, Pipeline, Staged
 from autopar.codegen.runtime import Holding
@@ -71,16 +72,16 @@ class Layout:
 def device_mesh_of(layout: Layout, kind: str) -> DeviceMesh:
     """The torch mesh of this rank's stage; collective."""
     names = ("stage", *(f"a{axis}" for axis in range(len(layout.shape))))
-    whole = DeviceMesh(kind, torch.tensor(layout.places).reshape(len(layout.places), *layout.shape),
-                       mesh_dim_names=names)
-    return whole[names[1:]]
+    whole = torch.tensor(layout.places).reshape(len(layout.places), *layout.shape)
+    return once(("stages", kind, layout.places, layout.shape),
+                lambda: DeviceMesh(kind, whole, mesh_dim_names=names)[names[1:]])
 
 
 def line_of(layout: Layout, device: torch.device) -> Line:
     """Where this rank stands; collective."""
     inside = [connect(Mesh(layout.shape, place)) for place in layout.places][layout.place]
     column = connect(Mesh((len(layout.places), layout.size), layout.devices), [(0,)]).group((0,))
-    return Line(layout.place, column, inside, Post(connect_cuts(layout.columns, len(layout.starts)), device))
+    return Line(layout.place, column, inside, Post(connect_cuts(layout.columns, len(layout.starts), device), device))
 
 
 @dataclass(frozen=True, eq=False)

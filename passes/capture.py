@@ -139,27 +139,43 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
         with warnings.catch_warnings():
             # Of the list in which recurrent layers keep their parameters, which are registered all the same.
             warnings.filterwarnings("ignore", r"The tensor attributes? self\.[^\s]*_flat_weights\[")
-            _look_on(module)
+            changes = _look_on(module)
             exported = _exported(module, args, kwargs)
     except Exception as error:
         raise CaptureError(blame(error, model)) from error
     check_static(exported.graph_module.graph, model)
-    return replace(_named(exported, module, precision, LOSS_PREFIX if loss_fn is not None else ""), returns=returns)
+    return replace(_named(exported, module, precision, LOSS_PREFIX if loss_fn is not None else ""), returns=returns,
+                   notes=tuple(changes))
 
 
-def _look_on(module: nn.Module) -> None:
-    """When `module` has run, make its outputs' types known, and warn of Python values that it has changed."""
-    before = _python_values(module)
+CHANGES = "the forward changes "
+"""How notes of Python values begin that a forward changes."""
+
+
+def warn_of_changes(program: Program) -> None:
+    """Log again what `capture` has warned of, where nobody heard it."""
+    for note in program.notes:
+        if note.startswith(CHANGES):
+            log.warning("%s", note)
+
+
+def _look_on(module: nn.Module) -> list[str]:
+    """When `module` has run, make its outputs' types known, and warn of Python values that it has changed; returns
+    what will have been said by then."""
+    before, said = _python_values(module), list[str]()
 
     def look(*called: Any) -> None:
         make_known(called[-1])
-        changed = [name for name, value in _python_values(module).items() if before.get(name, value) != value]
+        changed = [f"{name} ({before[name]} to {value})" for name, value in _python_values(module).items()
+                   if before.get(name, value) != value]
         if changed:
-            log.warning("the forward changes %s, no tensor but a Python value: what it computes stays as in its first "
-                        "call; hold such values in buffers", some(changed))
+            said.append(f"{CHANGES}{some(changed)}, no tensor but a Python value: what it computes stays as in its "
+                        "first call; hold such values in buffers")
+            log.warning("%s", said[-1])
             before.update(_python_values(module))
 
     module.register_forward_hook(look)
+    return said
 
 
 def _python_values(module: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from autopar.passes.capture import Program
-from autopar.passes.functional import is_update, value_of
+from autopar.passes.functional import is_update, value_of, written
 from autopar.passes.rules.nodes import shape, tensor_operands
 from autopar.passes.rules.notation import Rule, is_unit
 from autopar.passes.rules.table import rule_of
@@ -95,14 +95,23 @@ class _Analysis:
 
 def analyse(program: Program) -> Factored:
     """Find the factors of every dim of every tensor of `program`."""
-    found = _Analysis()
+    found, buffers = _Analysis(), written(program)
     for node in program.graph.nodes:
         if value_of(node) is None:
             continue
         found.dims[node] = tuple(_fresh(size) for size in shape(node))
-        if node.op == "call_function" and not is_update(node, program) and not _rename(node, found):
+        if node.op == "call_function" and not is_update(node, program) and (
+                _keeps(node, buffers, found) or not _rename(node, found)):
             _apply_rule(node, found)
     return _freeze(program, found)
+
+
+def _keeps(node: fx.Node, buffers: frozenset[fx.Node], found: _Analysis) -> bool:
+    """Whether `node` is a copy that has to be made, as what it copies is written later."""
+    source = node.args[0] if node.target is aten.clone.default else None
+    while source in found.aliases:
+        source = found.aliases[source]  # type: ignore[index]
+    return source in buffers
 
 
 def _fresh(size: int) -> Dim:

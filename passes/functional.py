@@ -1,7 +1,9 @@
 """Calls of subgraphs are inlined, and writes in place become new values.
 
-A write through a view (`shifted[:, 1:] = ids`) becomes a new value of everything the view looks at. Only plain
-updates of buffers stay in place: they are the program's side effects.
+A write through a view (`shifted[:, 1:] = ids`) becomes a new value of everything the view looks at. So does one to a
+buffer, and what reads it afterwards reads that value; the last is written to the buffer, which is the program's side
+effect. Where nothing else reads or writes a buffer its update stays as it is, and so it does where batch norm, which
+writes in its own ways, has the buffer too.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from autopar.core.errors import CaptureError
 from autopar.passes.capture import Program
 
 aten = torch.ops.aten
+_NORMS = {aten.batch_norm.default, aten.instance_norm.default}
+"""Both with running statistics as arguments 3 and 4, which they write to where argument 5 is true."""
 
 
 def value_of(node: Any) -> Tensor | None:
@@ -35,11 +39,24 @@ def is_update(node: fx.Node, program: Program) -> bool:
             and program.sources[written.name].kind == "buffer")
 
 
-def _updated(node: Any) -> Any:
-    """The buffer that `node` is an update of, itself where it is none."""
+def updated(node: Any) -> Any:
+    """What `node` is an update of, itself where it is none."""
     while isinstance(node, fx.Node) and node.op == "call_function" and mutates(node.target):
         node = node.args[0]
     return node
+
+
+def written_within(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The running statistics that a norm writes to, though its schema does not say so."""
+    if node.target not in _NORMS or not node.args[5]:
+        return ()
+    return tuple(n for n in node.args[3:5] if isinstance(n, fx.Node))
+
+
+def written(program: Program) -> frozenset[fx.Node]:
+    """The buffers that a program writes to."""
+    updates = {updated(node) for node in program.graph.nodes if is_update(node, program)}
+    return frozenset(updates.union(*map(written_within, program.graph.nodes)))
 
 
 def mutates(target: Any) -> bool:
@@ -61,19 +78,19 @@ class Functionalize:
     """Program -> Program in which every node is a value of its own."""
 
     def __call__(self, program: Program) -> Program:
-        current: dict[fx.Node, fx.Node] = {}
         for node in list(program.graph.nodes):
             if node.op == "call_function" and isinstance(node.kwargs.get("out"), fx.Node):
                 _write_out(node)
+            if node.target is aten.copy_.default and updated(node.args[1]) is updated(node) and not node.users:
+                program.graph.erase_node(node)  # a buffer to itself: `self.steps += 1` is an update and an assignment
+        writes = _Writes(program)
         for node in list(program.graph.nodes):
             for old in node.all_input_nodes:
-                if old in current:
-                    node.replace_input_with(old, _latest(old, current))
-            if node.op == "call_function" and mutates(node.target) and not is_update(node, program):
-                _write(node, program, current)
-        for node in list(program.graph.nodes):
-            if node.target is aten.copy_.default and _updated(node.args[1]) is _updated(node) and not node.users:
-                program.graph.erase_node(node)  # a buffer to itself: `self.steps += 1` is an update and an assignment
+                if old in writes.current:
+                    node.replace_input_with(old, _latest(old, writes.current))
+            if node.op == "call_function" and mutates(node.target) and updated(node) not in writes.kept:
+                writes.write(node)
+        writes.finish()
         return program
 
 
@@ -163,6 +180,7 @@ WRITTEN_BACK: dict[Any, Callable[[fx.Node, fx.Node, fx.Node], fx.Node]] = {
 }
 """How a new value of a view makes a new value of what it looks at: (base, new, view) -> new base."""
 OPAQUE_VIEWS = {aten.expand.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int, operator.getitem}
+_VIEWS = {*WRITTEN_BACK, *OPAQUE_VIEWS, aten.detach.default}
 
 
 def emit_after(node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -170,24 +188,69 @@ def emit_after(node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node
     return emit(node.next, target, *args, **kwargs)
 
 
-def _write(node: fx.Node, program: Program, current: dict[fx.Node, fx.Node]) -> None:
-    """Turn an in-place call into a value and let everything later see it."""
-    written = node.args[0]
-    assert isinstance(written, fx.Node)
-    fresh = _as_value(node, written)
-    root, view = written, fresh
-    while root.op == "call_function" and (root.target in WRITTEN_BACK or root.target in OPAQUE_VIEWS):
-        current[root] = view
-        base = root.args[0]
-        assert isinstance(base, fx.Node)
-        if root.target in OPAQUE_VIEWS:
-            raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes in place through {root.target}, which "
-                               "can't be traced; write to a new tensor there, or clone the view first")
-        view = WRITTEN_BACK[root.target](_latest(base, current), view, root)
-        root = base
-    _check_written(node, _detached_from(root), program)
-    current[root] = view
-    _refresh_views(root, view, current)
+class _Writes:
+    """Writes become values: `current` has what took a value's place, `stands` whose value one is, of buffers, and
+    `kept` the buffers whose updates stay in place."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.current: dict[fx.Node, fx.Node] = {}
+        self.stands: dict[fx.Node, fx.Node] = {}
+        within = {n for node in program.graph.nodes for n in written_within(node)}
+        self.kept = {n for n in program.placeholders("buffer") if n in within or _alone(n)}
+
+    def write(self, node: fx.Node) -> None:
+        """Turn an in-place call into a value and let everything later see it."""
+        written = node.args[0]
+        assert isinstance(written, fx.Node)
+        view = _as_value(node, written)
+        root = written
+        while (base := self._behind(root)) is not None:
+            if root.target in OPAQUE_VIEWS:
+                raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes in place through {root.target}, "
+                                   "which can't be traced; write to a new tensor there, or clone the view first")
+            self.current[root] = view
+            if root.target in WRITTEN_BACK and root not in self.stands:
+                view = WRITTEN_BACK[root.target](_latest(base, self.current), view, root)
+            root = base
+        _check_written(node, updated(_detached_from(root)), self.program, self.kept)
+        self.current[root] = view
+        stale = [root, *(value for value, buffer in self.stands.items() if buffer is root)]
+        if self._buffer(root):
+            self.stands[view] = root
+        _refresh_views(stale, view, self.current)
+
+    def finish(self) -> None:
+        """Write to each buffer what it is in the end."""
+        for buffer in self.program.placeholders("buffer"):
+            if buffer in self.current:
+                last = _latest(buffer, self.current)
+                read = emit_after(last, aten.detach.default, last)
+                written = emit_after(read, aten.copy_.default, buffer, read)
+                read.meta["path"] = written.meta["path"] = last.meta.get("path", "")
+
+    def _behind(self, node: fx.Node) -> fx.Node | None:
+        """What `node` shares its memory with: of views their base, of values and detached ones of buffers those."""
+        if node in self.stands:
+            return self.stands[node]
+        if node.op == "call_function" and (node.target in WRITTEN_BACK or node.target in OPAQUE_VIEWS
+                                           or (node.target is aten.detach.default and self._buffer(node))):
+            return node.args[0]  # type: ignore[return-value]
+        return None
+
+    def _buffer(self, node: Any) -> bool:
+        """Whether `node` shares its memory with a buffer."""
+        while node not in self.stands and node.op == "call_function" and (
+                node.target in _VIEWS or mutates(node.target)):
+            node = node.args[0]
+        return node in self.stands or (node.op == "placeholder" and self.program.sources[node.name].kind == "buffer")
+
+
+def _alone(buffer: fx.Node) -> bool:
+    """Whether a buffer is updated by one call, and nothing reads it or what that returns."""
+    users = list(buffer.users)
+    return (len(users) == 1 and mutates(users[0].target) and not users[0].users and users[0].args[0] is buffer
+            and buffer not in users[0].args[1:])
 
 
 def _write_out(node: fx.Node) -> None:
@@ -198,8 +261,7 @@ def _write_out(node: fx.Node) -> None:
     overloads = [getattr(packet, name) for name in packet.overloads()]
     value = emit(node, next(each for each in overloads if [a.name for a in each._schema.arguments] == wanted),
                  *node.args, **kwargs)
-    emit(node, aten.copy_.default, node.kwargs["out"], value)
-    node.replace_all_uses_with(value)
+    node.replace_all_uses_with(emit(node, aten.copy_.default, node.kwargs["out"], value))
     node.graph.erase_node(node)
 
 
@@ -210,43 +272,62 @@ def _detached_from(node: fx.Node) -> fx.Node:
     return node
 
 
-def _check_written(node: fx.Node, root: fx.Node, program: Program) -> None:
+def _check_written(node: fx.Node, root: fx.Node, program: Program, kept: set[fx.Node]) -> None:
     """Raises CaptureError where a write to `root` is one that can't be a new value."""
     source = program.sources[root.name] if root.op == "placeholder" else None
     if source is not None and source.kind == "parameter":
         raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to parameter {source.name} in place "
                            f"({node.target}), which can't be traced; do so outside of the forward, after the "
                            "optimizer's step")
-    if source is not None and source.kind == "buffer":
-        raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to a part of {source.name} in place, "
-                           "which can't be traced; assign all of it")
+    if root in kept:
+        name = program.sources[root.name].name
+        raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to a part of {name} in place, which "
+                           "can't be traced as a norm writes to it too; assign all of it")
 
 
 def _as_value(node: fx.Node, written: fx.Node) -> fx.Node:
     """`node` as a call that returns what it would have written."""
-    shape, dtype = list(written.meta["val"].shape), written.meta["val"].dtype
+    dtype = written.meta["val"].dtype
     if node.target is aten.copy_.default:
-        source = emit(node, aten.expand.default, node.args[1], shape)
-        fresh = source if source.meta["val"].dtype == dtype else emit(node, aten.to.dtype, source, dtype)
-        node.replace_all_uses_with(fresh)
-        node.graph.erase_node(node)
-        return fresh
+        return _in_place_of(node, _copied(node, written.meta["val"]), dtype)
     packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
     functional = getattr(getattr(aten, packet.rstrip("_"), None), overload, None)
     if functional is None:
         raise CaptureError(f"{node.meta.get('path') or 'the forward'} calls {node.target}, which has no form that "
                            "makes a new value; use an op that has one there")
     node.target = functional
-    return node
+    values = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    node.meta["val"] = functional(*values[0], **values[1])
+    return node if node.meta["val"].dtype == dtype else _in_place_of(node, node, dtype)
 
 
-def _refresh_views(root: fx.Node, new: fx.Node, current: dict[fx.Node, fx.Node]) -> None:
-    """Views made before the write look at the new value from now on."""
-    stale = [root]
-    for node in list(root.graph.nodes):
+def _copied(node: fx.Node, like: Tensor) -> fx.Node:
+    """What a `copy_` to a tensor `like` this brings, as a value of its own."""
+    source: Any = node.args[1]
+    if value_of(source) is not None and source.meta["val"].shape == like.shape:
+        return emit(node, aten.clone.default, source)
+    return emit(node, aten.expand.default, source, list(like.shape))
+
+
+def _in_place_of(node: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """`value` in a dtype, which all read that read `node`."""
+    users = list(node.users)
+    cast = value if value.meta["val"].dtype == dtype else emit_after(value, aten.to.dtype, value, dtype)
+    for user in users:
+        user.replace_input_with(node, cast)
+    if value is not node:
+        node.graph.erase_node(node)
+    return cast
+
+
+def _refresh_views(stale: list[fx.Node], new: fx.Node, current: dict[fx.Node, fx.Node]) -> None:
+    """Views made before the write to `stale` look at the new value from now on."""
+    held = stale[0].op == "placeholder"
+    for node in list(new.graph.nodes):
         if node is new:
             return
-        viewing = node.op == "call_function" and (node.target in WRITTEN_BACK or node.target in OPAQUE_VIEWS)
+        viewing = node.op == "call_function" and (node.target in WRITTEN_BACK or node.target in OPAQUE_VIEWS
+                                                  or (held and node.target is aten.detach.default))
         if viewing and node.args[0] in stale:
             stale.append(node)
             if node not in current:

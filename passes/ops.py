@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from autopar.passes.buffers import order
 from autopar.passes.factors import SPLITS, Factored
 from autopar.passes.functional import is_update, value_of
 from autopar.passes.modes import Role
@@ -94,6 +95,8 @@ LOCAL = {
     aten.select_scatter.default,
 }
 """Ops that join a cluster of their module although they are not pointwise."""
+Before = dict[fx.Node, tuple[fx.Node, ...]]
+"""By node those that have to run before it, besides those that it reads."""
 _BLOCK = re.compile(r"^(?:.*?\.)??\d+(?=\.|$)")
 
 
@@ -105,7 +108,8 @@ def block_of(node: fx.Node) -> str:
 
 def make_ops(factored: Factored) -> tuple[Op, ...]:
     """All ops of the program in an order in which every operand comes first."""
-    clusters = _sorted(_clusters(factored))
+    before = order(factored)
+    clusters = _sorted(_clusters(factored, before), before)
     roles = factor_roles(factored)
     names = unique([_name(cluster, factored) for cluster in clusters])
     return tuple(_make_op(name, cluster, factored, roles) for name, cluster in zip(names, clusters, strict=True))
@@ -119,13 +123,13 @@ def factor_roles(factored: Factored) -> dict[int, Role]:
     return data | {f: "batch" for n in tensors if shape(n)[0] == size for f in factored.dims[n][0]}
 
 
-def _clusters(factored: Factored) -> list[list[fx.Node]]:
+def _clusters(factored: Factored, before: Before) -> list[list[fx.Node]]:
     ancestors: dict[fx.Node, int] = {}
     bit = {node: 1 << i for i, node in enumerate(factored.program.graph.nodes)}
     member: dict[fx.Node, list[fx.Node]] = {}
     for node in factored.program.graph.nodes:
         ancestors[node] = 0
-        for source in node.all_input_nodes:
+        for source in (*node.all_input_nodes, *before.get(node, ())):
             ancestors[node] |= ancestors[source] | bit[source]
         if node.op != "call_function" or node in factored.aliases or _is_alias_split(node, factored):
             continue
@@ -136,7 +140,7 @@ def _clusters(factored: Factored) -> list[list[fx.Node]]:
         cluster = [node]
         for candidate in _joinable(node, member, factored):
             union = sorted([*cluster, *candidate], key=lambda n: bit[n])
-            if _convex(union, ancestors, bit):
+            if _convex(union, before, ancestors, bit):
                 cluster = union
         for n in cluster:
             member[n] = cluster
@@ -175,18 +179,19 @@ def _fusable(node: fx.Node, factored: Factored) -> bool:
     return node in factored.rules and not factored.rules[node].special and not is_update(node, factored.program)
 
 
-def _convex(cluster: list[fx.Node], ancestors: dict[fx.Node, int], bit: dict[fx.Node, int]) -> bool:
+def _convex(cluster: list[fx.Node], before: Before, ancestors: dict[fx.Node, int], bit: dict[fx.Node, int]) -> bool:
     """Whether no path leaves the cluster and comes back."""
     inside = sum(bit[n] for n in cluster)
-    outside = (source for n in cluster for source in n.all_input_nodes if not bit[source] & inside)
+    outside = (source for n in cluster for source in (*n.all_input_nodes, *before.get(n, ()))
+               if not bit[source] & inside)
     return all(not (ancestors[source] & inside) for source in outside)
 
 
-def _sorted(clusters: list[list[fx.Node]]) -> list[list[fx.Node]]:
+def _sorted(clusters: list[list[fx.Node]], before: Before) -> list[list[fx.Node]]:
     """Topological order, as near to program order as can be."""
     place = {n: i for i, n in enumerate(next(iter(clusters))[0].graph.nodes)} if clusters else {}
     owner = {n: i for i, cluster in enumerate(clusters) for n in cluster}
-    needs = [{owner[s] for s in _sources(cluster, owner)} - {i} for i, cluster in enumerate(clusters)]
+    needs = [{owner[s] for s in _sources(cluster, before, owner)} - {i} for i, cluster in enumerate(clusters)]
     users: list[list[int]] = [[] for _ in clusters]
     for i, sources in enumerate(needs):
         for source in sources:
@@ -206,10 +211,10 @@ def _sorted(clusters: list[list[fx.Node]]) -> list[list[fx.Node]]:
     return order
 
 
-def _sources(cluster: list[fx.Node], owner: dict[fx.Node, int]) -> set[fx.Node]:
-    """The op nodes a cluster reads from, seen through renamings."""
+def _sources(cluster: list[fx.Node], before: Before, owner: dict[fx.Node, int]) -> set[fx.Node]:
+    """The op nodes a cluster reads from, seen through renamings, and those that come before it."""
     found: set[fx.Node] = set()
-    queue = [s for n in cluster for s in n.all_input_nodes]
+    queue = [s for n in cluster for s in (*n.all_input_nodes, *before.get(n, ()))]
     while queue:
         source = queue.pop()
         if source in owner:

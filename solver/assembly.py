@@ -21,6 +21,9 @@ A program is a sequence of runs r of n_r equal segments. Stage j of S takes n[j,
                 where the last stage is with the first: t ≥ 1 − d[0,a] and t ≥ s[S−2,b], a is on the first and b on
                 the last
 
+    bonded      for a bond of segments a to b no cut is between them, z[j] ∈ {0, 1}:
+                (b + 1) · z[j] ≤ Σ_r N[j,r] ≤ a + (Σ_r n_r − a) · z[j]                 for every stage j but the last
+
     minimise    Σ_j (T[j] + 2 c[j]) / V + (M − 1 / V) · P + Y + Σ_tied seconds · t
 
 `wait_j` is what of a transfer shows in each period: with k = S − j stages from j on, 1F1B has k micro-batches on their
@@ -76,6 +79,7 @@ def formulate(instance: Instance) -> Model:
     no_idle(draft)
     in_order(draft)
     remember(draft)
+    bonded(draft)
     one = model.amount("1")
     model.equal([(one, 1.0)], 1.0)
     model.minimise([*_sums(draft), *_period(draft), *_finish(draft), *_ties(draft)])
@@ -113,6 +117,16 @@ def remember(draft: Draft) -> None:
         budget = draft.instance.places[device].budget
         if math.isfinite(budget):
             draft.model.at_most([term for j in draft.instance.on(device) for term in _held(draft, j)], budget / GIB)
+
+
+def bonded(draft: Draft) -> None:
+    """No cut is inside of a bond."""
+    total = draft.instance.segments
+    for (i, bond), j in itertools.product(enumerate(draft.instance.bonds), range(len(draft.n) - 1)):
+        beyond = draft.model.choice(f"z({i},{j})")
+        so_far = [(x, 1.0) for stage in draft.n[:j + 1] for entries in stage for x in entries]
+        draft.model.at_least([*so_far, (beyond, -(bond.last + 1.0))], 0.0)
+        draft.model.at_most([*so_far, (beyond, float(bond.first - total))], bond.first)
 
 
 def _held(draft: Draft, j: int) -> Terms:
@@ -205,6 +219,7 @@ def assemble(instance: Instance, solver: str = "cbc", limit_s: float | None = No
     if len(instance.places) > instance.segments:
         raise Infeasible(f"{len(instance.places)} stages are asked for, the program has {instance.segments} "
                          f"segments to cut between; use at most {instance.segments} stages")
+    _check_bonds(instance)
     if instance.devices < len(instance.places):
         return solved(instance, solver, limit_s)
     taken = best_chain(instance)
@@ -214,8 +229,20 @@ def assemble(instance: Instance, solver: str = "cbc", limit_s: float | None = No
     return Assembled(taken, priced, priced.seconds)
 
 
+def _check_bonds(instance: Instance) -> None:
+    """Raises Infeasible where there are more stages than parts that bonds leave."""
+    parting = [bond for p in range(1, instance.segments) if (bond := instance.bond(p))]
+    most = instance.segments - len(parting)
+    if len(instance.places) > most:
+        names = ", ".join(dict.fromkeys(bond.name for bond in parting))
+        raise Infeasible(f"{len(instance.places)} stages are asked for, and of {instance.segments} segments "
+                         f"{len(parting) + 1} go together as they share buffers that the forward writes ({names}); use "
+                         f"at most {most} stages")
+
+
 def solved(instance: Instance, solver: str = "cbc", limit_s: float | None = None) -> Assembled:
     """The best stages by the model of the module docstring. Raises Infeasible."""
+    _check_bonds(instance)
     outcome = formulate(instance).solve(solver, limit_s)
     if outcome.status == "infeasible":
         raise _refusal(instance)

@@ -140,6 +140,8 @@ class Chain:
         places, total = self.instance.places, self.starts[-1]
         most = total - (len(places) - 1 - j)
         for end in (total,) if j == len(places) - 1 else range(start + 1, most + 1):
+            if self.instance.bond(end):
+                continue
             fitting = [way for way in self.fronts.of(self._counts(start, end)) if way.fits(places[j])]
             if not fitting and j < len(places) - 1:
                 return  # more segments are no smaller

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class WorkerFailure(AssertionError):
 class Worker:
     """One rank's process, this side of its pipe and the file that holds what it prints."""
 
-    process: SpawnProcess
+    process: BaseProcess
     connection: Connection
     output: Path
 
@@ -83,7 +83,8 @@ class Pool:
 
     def _launch(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # which imports once for all workers
+        context.set_forkserver_preload(["tests.imports"])
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             args = (rank, self.world_size, self._folder.name, self.timeout, theirs)

@@ -112,6 +112,17 @@ def normalised() -> nn.Module:
                          nn.ReLU(), nn.Linear(32, 8))
 
 
+def on_one_rank(rank: int, world_size: int) -> dict[str, float]:
+    """The worst error of `check` by mode."""
+    return {mode: max(check(rank, world_size, "gpt2", {"mode": mode}, local=False)) for mode in ("1d", "zero3")}
+
+
+def test_modes_on_one_rank(pool: Any) -> None:
+    """What ranks would exchange, one has already."""
+    found = pool(1).run(on_one_rank)[0]
+    assert max(found.values()) < TOLERANCE, found
+
+
 def rounding(rank: int, world_size: int, x: Tensor, labels: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
     model = autopar.compile(normalised(), quick(world_size), inputs=(x, labels), loss_fn=F.cross_entropy,
                             precision="fp32", **options)

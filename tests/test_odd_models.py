@@ -132,6 +132,10 @@ def sequence(first: nn.Module) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), nn.Linear(8, 4))
 
 
+def twice(first: nn.Module) -> nn.Module:
+    return nn.Sequential(first, nn.ReLU(), first, nn.Linear(8, 4))
+
+
 SAME: dict[str, Callable[[], Odd]] = {
     "dataclasses in and out": lambda: Odd(Net(of_dataclasses), (Pair(*batch()),), find=lambda out: out["made"].loss),
     "keywords alone, a tuple out": lambda: Odd(Net(by_keyword), dict(zip(("x", "labels"), batch(), strict=True)),
@@ -149,6 +153,8 @@ SAME: dict[str, Callable[[], Odd]] = {
     "orthogonal weights": lambda: Odd(sequence(parametrizations.orthogonal(nn.Linear(8, 8))), batch(),
                                       F.cross_entropy),
     "spectral norms": lambda: Odd(sequence(parametrizations.spectral_norm(nn.Linear(8, 8))), batch(), F.cross_entropy),
+    "a spectral norm twice": lambda: Odd(twice(parametrizations.spectral_norm(nn.Linear(8, 8))), batch(),
+                                         F.cross_entropy),
     "wrapped for several devices": lambda: Odd(nn.DataParallel(sequence(nn.Linear(8, 8))), batch(), F.cross_entropy),
     "one sample": lambda: Odd(sequence(nn.Linear(8, 8)), batch(1), F.cross_entropy),
     "sizes that divide by nothing": lambda: Odd(nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 5)), batch(6),
@@ -243,14 +249,38 @@ def test_autocast_that_is_switched_off_is_none() -> None:
     autopar.plan(Net(uncast), "cpu:2", inputs=batch(), precision="fp32")
 
 
+class Twice(nn.Module):
+    """A frozen batch norm that is used twice, in the first and in the last but one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8).requires_grad_(False)
+        self.layers, self.last = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        for layer in self.layers[:3]:  # type: ignore[union-attr]
+            x = layer(self.norm(x)).relu()
+        return F.cross_entropy(self.last(self.layers[3](x)), labels)
+
+
+def test_a_buffer_that_is_written_in_several_places_has_one_stage() -> None:
+    plan = autopar.plan(Twice(), "cpu:2", inputs=batch(), mode="pp", pp=2, precision="fp32")
+    assert plan.stages[0].segments >= 5  # norm, layer, norm, layer, norm
+    with pytest.raises(autopar.AutoparError, match=r"share buffers that the forward writes \(norm\."):
+        autopar.plan(Twice(), "cpu:8", inputs=batch(), mode="pp", pp=8, micro_batches=1, precision="fp32")
+
+
 def test_python_values_that_change_are_told(caplog: pytest.LogCaptureFixture) -> None:
     def stepping(net: Any, x: Tensor, labels: Tensor) -> Tensor:
         net.calls += 1
         return scored(net, x, labels) * net.calls
 
-    with caplog.at_level(logging.WARNING, "autopar"):
-        capture(Net(stepping, calls=0), (batch(), {}))
-    assert "changes calls, no tensor but a Python value" in caplog.text
+    for way in (lambda model: capture(model, (batch(), {})),
+                lambda model: autopar.plan(model, "cpu:2", inputs=batch())):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "autopar"):
+            way(Net(stepping, calls=0))
+        assert caplog.text.count("changes calls (0 to 1), no tensor but a Python value") == 1
 
 
 def evaluated(rank: int, world_size: int) -> str:

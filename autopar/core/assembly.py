@@ -44,6 +44,15 @@ class Tie:
 
 
 @dataclass(frozen=True, slots=True)
+class Bond:
+    """Segments `first` to `last` that one stage runs, as they share the buffer `name`, which is written."""
+
+    first: int
+    last: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """A stage's devices: bytes each may hold, seconds there over seconds of an entry, micro-batches kept; seconds and
     seconds a byte of the links to the next stage."""
@@ -66,6 +75,7 @@ class Instance:
     micro_batches: int
     ties: tuple[Tie, ...] = ()
     devices: int = 0
+    bonds: tuple[Bond, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", self.devices or len(self.places))
@@ -85,6 +95,10 @@ class Instance:
     def chunks(self) -> int:
         """V: stages a device that run in turn."""
         return 1 if self.looped else len(self.places) // self.devices
+
+    def bond(self, position: int) -> Bond | None:
+        """What a cut before the segment at a position would part, None where nothing."""
+        return next((bond for bond in self.bonds if bond.first < position <= bond.last), None)
 
     @property
     def segments(self) -> int:

@@ -145,6 +145,38 @@ def check_schedule(name: str, pipe: Pipe) -> None:
                            f"{-(-pipe.micro_batches // pipe.devices) * pipe.devices}, or 1f1b")
 
 
+def _following(action: Action, pipe: Pipe) -> Action | None:
+    """The action of another stage that takes what an action makes."""
+    stage = action.stage + (1 if action.phase == "forward" else -1)
+    return Action(action.phase, stage, action.micro) if 0 <= stage < pipe.stages else None
+
+
+@lru_cache(maxsize=64)
+def arrivals(name: Schedule, pipe: Pipe,
+             phases: tuple[Phase, ...] = PHASES) -> tuple[tuple[tuple[Action, ...], ...], ...]:
+    """By device and place in its order, the actions whose values begin to come before the one there.
+
+    Devices go in rounds, an action each where it can be: what one sends in a round the other begins to receive before
+    the next. So no device waits for ever, not even one that waits for all its messages, sent ones too, before it
+    computes: those of the rounds before have been begun at both ends. Of `phases` alone where others are left out.
+    """
+    orders = [[a for a in actions(name, pipe, device) if a.phase in phases] for device in range(pipe.devices)]
+    found: list[list[list[Action]]] = [[[] for _ in order] for order in orders]
+    places, waits = [0] * pipe.devices, {_following(a, pipe) for order in orders for a in order}
+    while any(place < len(order) for place, order in zip(places, orders, strict=True)):
+        going = {device: order[place] for device, (place, order) in enumerate(zip(places, orders, strict=True))
+                 if place < len(order) and order[place] not in waits}
+        assert going, f"{pipe} waits for itself"
+        for device in going:
+            places[device] += 1
+        for device, action in going.items():
+            taker = _following(action, pipe)
+            waits.discard(taker)
+            if taker is not None and taker.stage % pipe.devices != device:
+                found[taker.stage % pipe.devices][places[taker.stage % pipe.devices]].append(taker)
+    return tuple(tuple(map(tuple, each)) for each in found)
+
+
 @lru_cache(maxsize=256)
 def actions(name: Schedule, pipe: Pipe, device: int) -> tuple[Action, ...]:
     """What a device does, in order. Raises AutoparError where the schedule can't be."""

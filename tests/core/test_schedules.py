@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from autopar.core.errors import AutoparError
-from autopar.core.schedules import Pipe, Schedule, Timing, actions, in_flight, played
+from autopar.core.schedules import Pipe, Schedule, Timing, actions, arrivals, in_flight, played
 
 PIPES: list[tuple[Schedule, Pipe]] = [
     *((name, Pipe(n, n, m)) for name in ("gpipe", "1f1b") for n in (1, 2, 3, 4, 8) for m in (1, 2, 5, 8)),
@@ -42,6 +42,19 @@ def test_messages_arrive_in_the_order_they_are_awaited(name: Schedule, pipe: Pip
     for stage in range(pipe.stages - 1):
         for phase in ("forward", "backward"):
             assert order(stage, phase) == order(stage + 1, phase)
+
+
+@pytest.mark.parametrize(("name", "pipe"), PIPES, ids=str)
+def test_what_comes_begins_to_before_it_is_needed_and_in_the_order_it_is_sent(name: Schedule, pipe: Pipe) -> None:
+    for device, coming in enumerate(arrivals(name, pipe)):
+        order = actions(name, pipe, device)
+        begun = {action: place for place, some in enumerate(coming) for action in some}
+        assert all(place <= order.index(action) for action, place in begun.items())
+        needed = {a for a in order if (a.stage > 0 if a.phase == "forward" else a.stage < pipe.stages - 1)}
+        assert set(begun) == (needed if pipe.devices > 1 else set())
+        for action in begun:
+            assert [a.micro for a in begun if (a.phase, a.stage) == (action.phase, action.stage)] == sorted(
+                a.micro for a in begun if (a.phase, a.stage) == (action.phase, action.stage))
 
 
 @pytest.mark.parametrize(("stages", "parts"), [(2, 4), (4, 8), (4, 2), (8, 16)])

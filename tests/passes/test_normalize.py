@@ -150,13 +150,35 @@ def test_batch_norm_stays_whole() -> None:
 
 
 @pytest.mark.parametrize("call", [
-    lambda t, buffer: (buffer[:2].add_(1), t * buffer)[1],
+    lambda t, buffer: (F.batch_norm(t, buffer, buffer, training=True), buffer[:2].add_(1))[0],
     lambda t, buffer: ((t + 1).expand(3, 3)[0].mul_(2), t)[1],
     lambda t, buffer: ((t + 1).split(1)[0].mul_(2), t)[1],
 ])
 def test_writes_that_cannot_be_traced_are_refused(call: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match="in place"):
-        Normalize()(raw(call, x(3), nn.Buffer(torch.zeros(3))))
+        Normalize()(raw(call, x(3, 3), nn.Buffer(torch.zeros(3))))
+
+
+def twice_without_gradients(t: Tensor, seen: Tensor) -> Tensor:
+    """What is written to a buffer in two regions without gradients, as spectral norm does where it is called twice."""
+    for _ in range(2):
+        with torch.no_grad():
+            torch.div(seen + t, 2, out=seen)
+    return t * seen.clone()
+
+
+@pytest.mark.parametrize("call", [
+    twice_without_gradients,
+    lambda t, seen: (seen[:2].add_(1), t * seen)[1],
+    lambda t, seen: (t * seen.clone(), seen.add_(1))[0] + seen,
+    lambda t, seen: (seen.mul_(2), seen.detach().add_(t), t + seen)[2],
+])
+def test_writes_to_buffers_are_chained(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    seen, mine, given = torch.ones(3), nn.Buffer(torch.ones(3)), x(3)
+    found = Normalize()(raw(call, given, mine))
+    torch.testing.assert_close(evaluated(found, given, mine), call(given, seen))
+    torch.testing.assert_close(mine.data, seen)
+    assert sum(is_update(n, found) for n in found.graph.nodes) == 1
 
 
 def test_a_call_is_what_it_calls() -> None:

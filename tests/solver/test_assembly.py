@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from autopar.core.assembly import Entry, Instance, Place, Run, Taken, Tie, price, waits
+from autopar.core.assembly import Bond, Entry, Instance, Place, Run, Taken, Tie, price, waits
 from autopar.core.errors import Infeasible
 from autopar.solver.assembly import assemble, solved
 
@@ -29,13 +29,18 @@ def instance_of(seed: int) -> Instance:
     places = tuple(Place(budget, draw.choice([1.0, 1.0, 1.7]), draw.randint(1, 3), draw.uniform(0, 0.1),
                          draw.uniform(0, 0.2), wait) for wait in waits(stages))
     ties = (Tie(0, len(runs) - 1, draw.uniform(0, 3)),) if len(runs) > 1 and draw.random() < 0.6 else ()
-    return Instance(runs, places, draw.randint(1, 6), ties, devices)
+    micro_batches = draw.randint(1, 6)
+    at = draw.randrange(total)
+    bonds = (Bond(at, draw.randrange(at, total), "b"),) if draw.random() < 0.3 else ()
+    return Instance(runs, places, micro_batches, ties, devices, bonds)
 
 
 def every(instance: Instance) -> Iterator[Taken]:
     """All contiguous stages with every choice of entries."""
     where = [r for r, run in enumerate(instance.runs) for _ in range(run.count)]
     for bounds in itertools.combinations(range(1, len(where)), len(instance.places) - 1):
+        if any(map(instance.bond, bounds)):
+            continue
         parts = [where[a:b] for a, b in itertools.pairwise((0, *bounds, len(where)))]
         for entries in itertools.product(*(range(len(instance.runs[r].entries)) for part in parts for r in part)):
             left = iter(entries)
@@ -58,7 +63,7 @@ def test_assembly_is_the_best_of_all(block: int) -> None:
         instance, wanted = instance_of(seed), brute_force(instance_of(seed))
         if math.isinf(wanted):
             for way in (assemble, solved):
-                with pytest.raises(Infeasible, match="GiB"):
+                with pytest.raises(Infeasible, match=r"GiB|share buffers"):
                     way(instance)
         else:
             for way in (assemble, solved):
@@ -92,6 +97,14 @@ def test_more_stages_than_segments_are_refused() -> None:
     instance = Instance((Run("h", 2, (Entry(1.0, 2.0),)),), (Place(),) * 3, 4)
     with pytest.raises(Infeasible, match="3 stages are asked for, the program has 2 segments"):
         assemble(instance)
+
+
+def test_a_buffer_that_is_written_in_every_segment_is_in_one_stage() -> None:
+    instance = Instance((Run("h", 4, (Entry(1.0, 2.0),)),), (Place(),) * 3, 4, bonds=(Bond(0, 2, "norm.mean"),))
+    with pytest.raises(Infeasible, match=r"\(norm.mean\); use at most 2 stages"):
+        assemble(instance)
+    taken = assemble(replace(instance, places=(Place(),) * 2, devices=2)).taken
+    assert [stage[0][0] for stage in taken] == [3, 1]
 
 
 def test_a_slow_device_gets_fewer_layers() -> None:
