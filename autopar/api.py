@@ -13,6 +13,7 @@ from torch import nn
 
 from autopar import launch
 from autopar.arguments import (
+    ClusterLike,
     one_of,
     read_budget,
     read_cluster,
@@ -24,6 +25,7 @@ from autopar.arguments import (
 )
 from autopar.codegen.batches import BatchKind
 from autopar.codegen.compiled import COMPILERS, Compiler, compiler_for
+from autopar.codegen.control import all_there
 from autopar.codegen.ranks import check_alike, together
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
@@ -44,7 +46,6 @@ from autopar.programs import Call, LossFn, Order, candidates, compiled, solve_be
 from autopar.solver.model import SOLVERS
 
 Inputs = Any
-ClusterLike = Cluster | str | os.PathLike[str]
 MeshLike = str | int | Sequence[int]
 Ranks = Sequence[Sequence[int]]
 PlanLike = Plan | str | os.PathLike[str]
@@ -96,6 +97,7 @@ def plan(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs
     return solve_best(candidates(call, place, annotated), place, request)
 
 
+@all_there()
 def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inputs = None,
             batch: BatchKind | None = None, loss_fn: LossFn | None = None, mode: str = "auto",
             mesh: MeshLike | None = None, plan: PlanLike | None = None, memory_budget: float | str | None = None,
@@ -109,21 +111,20 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     """The plain `model`, running in parallel on all ranks as the best plan says.
 
     `inputs` describe the global batch (a tuple of positional or a dict of keyword arguments); without them the first
-    call is traced. `batch="global"` means that every rank passes the whole batch, `"local"` each its own part; when
-    omitted, shapes tell. `loss_fn(output, target)` makes a loss of a model that returns none: its target is the last
-    positional argument of a call. `returns="all"` keeps outputs besides the loss, as DTensors that lie as the plan
-    leaves them; with a `loss_fn` the model then returns (loss, output). A `plan`, or the path of one that rank 0 can
-    read, skips solving. `compiler` is "inductor", which compiles each class of equal segments once, in the first step,
-    "inductor-graphs", which on GPUs records the third step too and replays it as a CUDA graph from then on, or "eager",
-    which runs segments as they are, for debugging; the default is "inductor" on GPUs that
-    Triton knows and "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model
-    that was built under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a
-    folder of them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all
-    dropout draws the same mask under every plan; without it, the default on GPUs, that inside of attention is left to
-    the fused kernel, which is faster and draws another on each rank. `costs` is what computing is taken to last:
-    "roofline" goes by the cluster's figures, "measured" compiles and runs each segment that a plan would run and plans
-    again with that. All else is as in `autopar.plan`. Raises
-    AutoparError on every rank alike.
+    call is traced. `batch="global"` means that every rank passes the whole batch, `"local"` each its own part, of
+    whatever size; when omitted, shapes tell. `loss_fn(output, target)` makes a loss of a model that returns none: its
+    target is the last positional argument of a call. `returns="all"` keeps outputs besides the loss, as DTensors that
+    lie as the plan leaves them; with a `loss_fn` the model then returns (loss, output). A `plan`, or the path of one
+    that rank 0 can read, skips solving. `compiler` is "inductor", which compiles each class of equal segments once, in
+    the first step, "inductor-graphs", which on GPUs records the third step too and replays it as a CUDA graph from then
+    on, or "eager", which runs segments as they are, for debugging; the default is "inductor" on GPUs that Triton knows
+    and "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model that was
+    built under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a folder of
+    them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all dropout
+    draws the same mask under every plan; without it, the default on GPUs, that inside of attention is left to the fused
+    kernel, which is faster and draws another on each rank. `costs` is what computing is taken to last: "roofline" goes
+    by the cluster's figures, "measured" compiles and runs each segment that a plan would run and plans again with that.
+    All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None, Material]:
         if batch is not None:

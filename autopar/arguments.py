@@ -19,6 +19,7 @@ from autopar.core.told import told
 from autopar.core.units import parse_bytes
 from autopar.plan import Plan
 
+ClusterLike = Cluster | str | os.PathLike[str]
 MOST_BYTES = 1e18
 """The largest budget of a device, in bytes: beyond it a number is no amount of memory."""
 _DIGITS = 9

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 from torch.optim import Optimizer
 
 from autopar import optimizer_state
+from autopar.codegen.control import all_there
 from autopar.codegen.offers import meet
 from autopar.codegen.ranks import on_rank_zero, together
 from autopar.codegen.runtime import ParallelModule
@@ -57,6 +58,7 @@ class Head:
     progress: dict[str, Any]
 
 
+@all_there()
 def save(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None, **progress: Any) -> Path:
     """Write a checkpoint of everything that training goes on from; returns its own folder inside `folder`.
 
@@ -79,6 +81,7 @@ def save(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None, *
             shutil.rmtree(draft, ignore_errors=True)
 
 
+@all_there()
 def load(folder: Folder, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
     """Take up `model` and `optimizer` where a checkpoint left them; returns the progress given to `save`.
 

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DistributedSampler
 
 from autopar import launch
+from autopar.codegen.control import all_there
 from autopar.codegen.offers import Offer, digest, gathered, grown_to
 from autopar.codegen.parameters import whole_everywhere
 from autopar.codegen.runtime import ParallelModule, not_pickled
@@ -41,7 +42,7 @@ class DeferredModule(Compiled):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compile for these arguments if none have come before, then run."""
         if not self._made:
-            with apart(launch.device(), self._order.precision):
+            with apart(launch.device(), self._order.precision), all_there():
                 self._compile(args, kwargs)
         return self._made[0](*args, **kwargs)
 

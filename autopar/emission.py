@@ -6,28 +6,27 @@ from pathlib import Path
 
 import torch
 
+from autopar.arguments import ClusterLike
 from autopar.codegen.arrivals import input_specs
 from autopar.codegen.executable import build, offline
 from autopar.codegen.lower import Target
 from autopar.codegen.source.program import Title, program_text
-from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 from autopar.passes.capture import Program
 from autopar.passes.decision import Context, batch_axes
 from autopar.plan import Plan
-from autopar.planner import annotated, check_one_stage, check_origin, decision_of, setting_of
+from autopar.planner import check_one_stage, decision_of, origin_of, setting_of
 
 
-def text_of(plan: Plan, program: Program | Context, cluster: Cluster, path: str) -> str:
+def text_of(plan: Plan, program: Program | Context, cluster: ClusterLike, path: str) -> str:
     """The text of a file at `path` that runs the plan's program, every rank bringing its part of the samples.
 
     Raises AutoparError when the plan is for another model or cluster.
     """
-    ctx = annotated(program, plan)
-    check_origin(plan, ctx, cluster)
+    ctx, place = origin_of(plan, program, cluster)
     check_one_stage(plan, "written as a program")
-    decision, setting = decision_of(plan, ctx), setting_of(plan, cluster)
+    decision, setting = decision_of(plan, ctx), setting_of(plan, place)
     if decision.kept:
         raise AutoparError("the plan recomputes to stay within its budget, and written programs keep all that their "
                            "backward needs; plan with a larger memory_budget to write it")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from autopar import pipelines
-from autopar.core.cluster import Cluster
+from autopar.arguments import ClusterLike
 from autopar.core.errors import AutoparError
 from autopar.core.sharding import price
 from autopar.passes.capture import Program
@@ -17,7 +17,7 @@ from autopar.passes.notation import op_called, strategy_text
 from autopar.passes.problem import Problem, build
 from autopar.passes.strategies import Assignment
 from autopar.plan import GIB, Plan
-from autopar.planner import annotated, check_origin, decision_of, setting_of
+from autopar.planner import decision_of, origin_of, setting_of
 
 Choice = TypeVar("Choice")
 PriceOf = Callable[[tuple[int, ...]], tuple[float, float]]
@@ -65,16 +65,15 @@ class Explanation:
         return f"{about}  {1e3 * alternative.seconds:10.3f} ms  {alternative.nbytes / GIB:8.3f} GiB  {told}"
 
 
-def explain(plan: Plan, program: Program | Context, cluster: Cluster, op: str) -> Explanation:
+def explain(plan: Plan, program: Program | Context, cluster: ClusterLike, op: str) -> Explanation:
     """What each alternative for the op called `op` would have cost.
 
     Raises AutoparError for an unknown op, or a plan for another model or cluster.
     """
-    whole = annotated(program, plan)
-    check_origin(plan, whole, cluster)
+    whole, place = origin_of(plan, program, cluster)
     ctx = pipelines.MicroContexts(whole).of(plan.micro_batches)[0] if plan.stages else whole
     index = op_called(ctx, op)
-    problem = build(ctx, pipelines.deciding(setting_of(plan, cluster)))
+    problem = build(ctx, pipelines.deciding(setting_of(plan, place)))
     chosen = choices_of(problem, decision_of(plan, ctx))
     node = problem.op_nodes[index]
     price_of = _in_stages(plan, problem) if plan.stages else _at_once(plan, problem, chosen)

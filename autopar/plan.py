@@ -230,8 +230,9 @@ class Plan:
         return read_as("a plan", path, cls.from_json)
 
     def verify(self, program: Any, cluster: Any) -> tuple[float, float]:
-        """(seconds, bytes) recomputed from the lowered program; `program` is what `autopar.capture` made, or what
-        was prepared of it. Raises AutoparError when the plan is for another model or cluster, or its claims are off."""
+        """(seconds, bytes) recomputed from the lowered program; `program` is what `autopar.capture` made in the
+        plan's precision, or what was prepared of it, `cluster` as `autopar.plan` takes it. Raises AutoparError when the
+        plan is for another model, cluster or precision, or its claims are off."""
         found: tuple[float, float] = _when_called("planner", "verify")(self, program, cluster)
         return found
 

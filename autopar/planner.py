@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from autopar import pipelines
+from autopar.arguments import ClusterLike, read_cluster
 from autopar.budget import Lowerings, best_within, lowered, recomputing
 from autopar.codegen.executable import Executable
 from autopar.codegen.reprice import Item, Memory, itemised, reprice, saved_by, tally_calls
@@ -23,6 +24,7 @@ from autopar.core.mesh import Mesh
 from autopar.core.observed import Observed, factors_of
 from autopar.core.ranks import HandLayout
 from autopar.core.sharding import Instance, Priced, Solution, Sums
+from autopar.core.told import told
 from autopar.passes.capture import KEPT, BatchNorm, Program, Stored
 from autopar.passes.constants import FoldConstants
 from autopar.passes.costs import Optimizer, optimizer_called, slowest
@@ -552,6 +554,21 @@ def _same(what: str, mine: Iterable[str], planned: Iterable[str]) -> None:
                            f"the model lacks: {extra[:3] or 'none'}; plan this model again")
 
 
+def origin_of(plan: Plan, program: Program | Context, given: ClusterLike) -> tuple[Context, Cluster]:
+    """The annotated program and the cluster that `plan` was made for. Raises AutoparError when it is for others."""
+    if not isinstance(program, Program | Context):
+        raise AutoparError(f"program is {told(program)}, needed is what autopar.capture(model, (args, kwargs)) returns")
+    cluster, traced = read_cluster(given), program
+    if isinstance(traced, Context):
+        traced = traced.segmented.factored.program
+    if plan.precision != traced.precision:
+        raise AutoparError(f"the plan is for precision {plan.precision}, the program was captured in "
+                           f"{traced.precision}; capture it by autopar.capture(..., precision={plan.precision!r})")
+    ctx = annotated(program, plan)
+    check_origin(plan, ctx, cluster)
+    return ctx, cluster
+
+
 def check_origin(plan: Plan, ctx: Context, cluster: Cluster) -> None:
     """Raises AutoparError when the plan is for another model or cluster."""
     if plan.cluster_key != cluster.key():
@@ -559,7 +576,8 @@ def check_origin(plan: Plan, ctx: Context, cluster: Cluster) -> None:
                            f"({cluster.key()}); plan again for this one")
     if plan.program_key != program_key(ctx):
         raise AutoparError(f"the plan is for program {plan.program_key} of {plan.model}, this is {program_key(ctx)}; "
-                           "the model, its input shapes or its precision differ: plan again")
+                           "the model, its loss_fn or its input shapes differ: plan again, or capture what the plan "
+                           "was made for")
 
 
 def check_one_stage(plan: Plan, what: str) -> None:
@@ -591,14 +609,13 @@ def annotated(program: Program | Context, plan: Plan) -> Context:
     return context(annotate(ChunkHeads()(folded)))
 
 
-def verify(plan: Plan, program: Program | Context, cluster: Cluster) -> tuple[float, float]:
+def verify(plan: Plan, program: Program | Context, cluster: ClusterLike) -> tuple[float, float]:
     """(seconds, bytes) of the plan, recomputed from its lowered program without the solver.
 
     Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
     """
-    ctx = annotated(program, plan)
-    check_origin(plan, ctx, cluster)
-    setting = setting_of(plan, cluster)
+    ctx, place = origin_of(plan, program, cluster)
+    setting = setting_of(plan, place)
     seconds, nbytes = _recomputed(plan, ctx, setting)
     claims = (("seconds", plan.seconds.step, seconds), ("bytes", plan.memory.total, nbytes),
               ("FLOP", plan.workload.flop, workload_of(ctx).flop))

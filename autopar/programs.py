@@ -115,7 +115,7 @@ def _plans(programs: Programs, ctx: Context, mesh: Mesh, decision: Decision, for
     """Where executables come from; `mesh` holds all ranks, those of the decision's axes first."""
     ways = _ways(batch_axes(decision), tuple(mesh.axes), programs.kind)
     return Plans(programs.executable, ctx.segmented.factored.program, mesh, ways,
-                 batch_axes(decision) if batch_axes(decision) in ways else (), additive(ctx), form, programs.twin,
+                 batch_axes(decision) if batch_axes(decision) in ways else ways[0], additive(ctx), form, programs.twin,
                  grain)
 
 
@@ -146,9 +146,10 @@ def _drops(node: fx.Node) -> bool:
 
 
 def _ways(cut: Axes, every: Axes, kind: BatchKind | None) -> tuple[Axes, ...]:
-    """Along which axes ranks may bring different samples: none, those that cut the batch, all."""
-    parts = (cut, every)
-    return {"global": ((),), "local": tuple(dict.fromkeys(parts)), None: tuple(dict.fromkeys(((), *parts)))}[kind]
+    """Along which axes ranks may bring different samples: none, those that cut the batch, all; local parts never along
+    none."""
+    parts = tuple(dict.fromkeys(axes for axes in (cut, every) if axes))
+    return {"global": ((),), "local": parts, None: ((), *parts)}[kind]
 
 
 def _twin(model: nn.Module) -> nn.Module:

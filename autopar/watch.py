@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 
-from autopar.codegen.control import exchanged, on_alarm
+from autopar.codegen.control import exchanged, note_away, on_alarm
 
 log = logging.getLogger("autopar")
 GRACE_SECONDS = 10.0
@@ -105,9 +105,11 @@ def _listen(place: Place, connections: dict[int, socket.socket]) -> None:
         for key, _ in waiting.select():
             word = _heard(connections[key.data])
             if word == _BYE:
+                note_away(key.data, True)
                 waiting.unregister(connections[key.data])
                 continue
             lost = key.data if word == _NOBODY else word
+            note_away(lost, False)
             _tell([connections[rank] for rank in connections.keys() - {lost}], lost)
             _end(place, lost)
 

@@ -5,14 +5,22 @@ Under NCCL the group is one of gloo's: no rank waits for its GPU to talk, and on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 from autopar.codegen.kept import once
+from autopar.core.errors import RankLost
 
+NEWS_SECONDS = 2.0
+"""How long one that can't go on waits to hear which rank it is that is gone."""
 _alarms: list[Callable[[], None]] = []
+_away: dict[int, bool] = {}
+"""The ranks that are known to be away, the first first, and whether each took leave."""
+_heard = threading.Event()
 
 
 def control() -> dist.ProcessGroup:
@@ -33,7 +41,8 @@ def exchanged(numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [numbers]
     mine = torch.tensor(numbers, dtype=torch.int64)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, mine, group=control())
+    with all_there():
+        dist.all_gather(found, mine, group=control())
     return [tuple(each.tolist()) for each in found]
 
 
@@ -51,3 +60,39 @@ def alarm() -> None:
     """Tell the other ranks that this one failed in the middle of what they do together, so that all end."""
     for tell in _alarms:
         tell()
+
+
+def note_away(rank: int, took_leave: bool) -> None:
+    """Remember that `rank` is away, so that errors name it; who took leave has ended without an error."""
+    _away.setdefault(rank, took_leave)
+    _heard.set()
+
+
+@contextmanager
+def all_there() -> Iterator[None]:
+    """Raises RankLost, from torch's error, where ranks don't meet in what is done; other errors are left alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        if _alarms:  # there is somebody who tells
+            _heard.wait(NEWS_SECONDS)
+        first = next(iter(str(error).splitlines()), "").split(". ")[0]
+        raise RankLost(_who_is_away(first)) from error
+
+
+def _who_is_away(said: str) -> str:
+    """What is known of ranks that are away; `said` is what torch says."""
+    lost, left = ([rank for rank, leave in _away.items() if leave is took] for took in (False, True))
+    if lost:
+        return (f"rank {lost[0]} is gone: its process has ended by an error or a signal, it failed in the middle of a "
+                "step, or its machine is out of reach; see what it said last, and start all ranks again from the last "
+                f"checkpoint ({said})")
+    if left:
+        return (f"the connection to rank {left[0]} was closed: it has ended, while rank {dist.get_rank()} is still in "
+                "what all ranks do together; take as many steps on each rank, and make the same calls on all, "
+                f"clip_grad_norm_ and model.eval() too ({said})")
+    return (f"rank {dist.get_rank()} can't go on: the connection to another rank was closed, which has ended or failed "
+            "or is at another call; see what the others said last, and make the same calls on all ranks, "
+            f"clip_grad_norm_ too ({said})")

@@ -141,7 +141,9 @@ def axes_of_offers(offers: list[Offer], rows: int, ways: tuple[Axes, ...], habit
     brought = tuple(offer.rows for offer in offers)
     fitting = [axes for axes in ways if all(each * mesh.extent(axes) == rows for each in brought)]
     read = all(offer.data != UNKNOWN for offer in offers)
-    likely = _likely(offers, fitting, ways, habits.last, mesh) if read else [*fitting, *_all_of(habits.last), ways[-1]]
+    before = _all_of(habits.last)
+    unread = [*fitting, *before] if () in ways else [*before, *fitting]  # parts by word stay parts, of any size
+    likely = _likely(offers, fitting, ways, habits.last, mesh) if read else [*unread, ways[-1]]
     chosen = likely[0] if read else habits.by_rows.get(brought, likely[0])
     _check_same(offers, chosen, mesh)
     habits.last = habits.by_rows[brought] = chosen
@@ -150,8 +152,14 @@ def axes_of_offers(offers: list[Offer], rows: int, ways: tuple[Axes, ...], habit
 
 def _likely(offers: list[Offer], fitting: list[Axes], ways: tuple[Axes, ...], last: Axes | None,
             mesh: Mesh) -> list[Axes]:
-    """The ways from the likeliest on, for data that are known: equal ones on ranks that differ are no chance."""
+    """The ways from the likeliest on, for data that are known: equal ones on ranks that differ are no chance.
+
+    Where all ways are parts, whole batches are none, and those whose data differ are parts of a larger one.
+    """
     alike = [axes for axes in ways if _alike(offers, axes, mesh)]
+    if () not in ways and alike:
+        fitting = [axes for axes in fitting if axes in alike]
+        last = last if last in alike else None
     same = [axes for axes in alike if mesh.extent(axes) < mesh.size]
     before = _all_of(last)
     return [*(axes for axes in before if axes in fitting or axes in same), *(axes for axes in fitting if axes in alike),

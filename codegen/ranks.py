@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from autopar.codegen.control import control, exchanged
+from autopar.codegen.control import all_there, control, exchanged
 from autopar.core.errors import AutoparError, Infeasible
 
 Value = TypeVar("Value")
@@ -22,13 +22,13 @@ def on_rank_zero(make: Callable[[], str]) -> str:
         except AutoparError as error:
             told = ("infeasible", str(error), error.least_budget_bytes) if isinstance(error, Infeasible) else (
                 "refused", str(error), None)
-            dist.broadcast_object_list([told])
+            _broadcast([told])
             raise
         except BaseException as error:
             text = f"rank 0 failed with {type(error).__name__}: {error}; see its traceback"
-            dist.broadcast_object_list([("refused", text, None)])
+            _broadcast([("refused", text, None)])
             raise
-    dist.broadcast_object_list(said)
+    _broadcast(said)
     kind, text, least = said[0]
     if kind == "infeasible":
         raise Infeasible(text, least)
@@ -59,7 +59,7 @@ def together(act: Callable[[], Value]) -> Value:
 def check_alike(told: Mapping[str, str]) -> None:
     """Raises AutoparError on every rank, with both values, where one tells another thing than rank 0. Collective."""
     said: list[Any] = [dict(told)]
-    dist.broadcast_object_list(said)
+    _broadcast(said)
 
     def compare() -> None:
         for word in said[0] | told:
@@ -69,6 +69,12 @@ def check_alike(told: Mapping[str, str]) -> None:
     together(compare)
 
 
+def _broadcast(said: list[Any]) -> None:
+    """Rank 0's entries in place of all others'."""
+    with all_there():
+        dist.broadcast_object_list(said)
+
+
 def _exchanged(failure: str | None) -> list[str]:
     """The failures of all ranks, each once, in one order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -76,5 +82,6 @@ def _exchanged(failure: str | None) -> list[str]:
     if not any(failed for (failed,) in exchanged((int(failure is not None),))):
         return []
     failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure, group=control())
+    with all_there():
+        dist.all_gather_object(failures, failure, group=control())
     return sorted({text for text in failures if text is not None})

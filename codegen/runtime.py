@@ -17,7 +17,7 @@ from torch.utils.data import DistributedSampler
 
 from autopar.codegen.batches import Batches, Bound
 from autopar.codegen.communicator import Communicator
-from autopar.codegen.control import control
+from autopar.codegen.control import all_there, control
 from autopar.codegen.engine import Engine, Parameters
 from autopar.codegen.executable import Executable, Turn, Values, seeds_for
 from autopar.codegen.first_order import first_order, no_backward
@@ -116,7 +116,7 @@ class ParallelModule(Compiled):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain model's forward; the loss is the mean over the global batch on every rank, other outputs are
         DTensors where they are kept."""
-        with apart(self._site.device, self._batches.plans.program.precision):
+        with apart(self._site.device, self._batches.plans.program.precision), all_there():
             return self._forward(args, kwargs)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,6 +198,7 @@ class ParallelModule(Compiled):
         held |= {name: buffer.detach() for name, buffer in self.named_buffers()}
         return OrderedDict((name, held[first]) for name, first in self._state_names.items() if first in held)
 
+    @all_there()
     def full_state_dict(self) -> dict[str, Tensor]:
         """The plain model's state dict, in host memory on rank 0, which the plain model loads; empty on other ranks.
 
@@ -220,6 +221,7 @@ class ParallelModule(Compiled):
             return {}
         return OrderedDict((name, state[first]) for name, first in self._state_names.items())
 
+    @all_there()
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load plain names and shapes, whole tensors or DTensors; one name of a tied parameter will do.
 
@@ -245,6 +247,7 @@ class ParallelModule(Compiled):
                 held[name].copy_(value)
         return nn.modules.module._IncompatibleKeys(missing, extra)
 
+    @all_there()
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
         """Another model under the same plan, with parameters and buffers of its own; collective."""
         meet("copy.deepcopy")
@@ -296,7 +299,8 @@ class ParallelModule(Compiled):
         meet("timeline")
         seen = self._sight.seen(self._site.device)
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, seen, group=control())
+        with all_there():
+            dist.all_gather_object(ranks, seen, group=control())
 
         def draw() -> str:
             if self.drawer is None or not all(each.laps for each in ranks) or math.isnan(seen.step_s):
@@ -322,7 +326,8 @@ class ParallelModule(Compiled):
         for name, grad in found.items():
             part = grad.to_local() if isinstance(grad, DTensor) else grad
             total += part.float().square().sum() * _share(grad, self._holding.ranks[name])
-        dist.all_reduce(total)
+        with all_there():
+            dist.all_reduce(total)
         norm = total.sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:

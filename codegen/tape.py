@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.codegen import private
 from autopar.codegen.communicator import Axes
+from autopar.codegen.control import all_there
 from autopar.codegen.engine import Engine, Parameters, Seeds
 from autopar.codegen.executable import Call, Values
 from autopar.codegen.stopwatch import Stopwatch
@@ -255,7 +256,8 @@ class Step(torch.autograd.Function):
                                "retain_graph=True to the first one")
         ctx.over = not private.keeps_graph()
         given = {node: grad for node, grad in zip(ctx.nodes, grads, strict=True) if grad is not None}
-        found = ctx.step.backward(given, private.keeps_graph())
+        with all_there():
+            found = ctx.step.backward(given, private.keeps_graph())
         resting = (at_rest(found.get(name), spec) for name, spec in zip(ctx.names, ctx.specs, strict=True))
         return None, None, None, *resting
 

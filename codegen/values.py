@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from autopar.codegen.control import all_there
+
 Values = Callable[[str], Tensor]
 """The whole tensor of a name, in the plain shape, on any device and in any dtype."""
 
@@ -26,7 +28,8 @@ def as_on(rank: int, tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor with the values of `rank`; collective."""
     found = tensor.detach().to(device).contiguous()
     if dist.get_world_size() > 1:
-        dist.broadcast(found, rank)
+        with all_there():
+            dist.broadcast(found, rank)
     return found
 
 

@@ -121,7 +121,7 @@ WITH_LOSS: dict[Returns, type[WithLoss]] = {"loss": WithLoss, "all": WithLossBes
 LOSS_PREFIX = "model."
 
 
-def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], precision: Precision = "fp32",
+def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], precision: Precision = "bf16-mixed",
             loss_fn: Callable[[Any, Any], Tensor] | None = None, returns: Returns = "loss") -> Program:
     """Trace `model(*args, **kwargs)` for `inputs = (args, kwargs)`, whose tensors have the global batch's shapes.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import autopar
 from autopar.cli import main
@@ -122,6 +123,20 @@ def test_unknown_ops_and_foreign_plans_are_refused() -> None:
         explain(plan, context, Cluster.preset("4xH100"), "transformer_h_0_mlp_c_fc")
     with pytest.raises(AutoparError, match="plan is for program"):
         explain(plan, model_context("mlp", "bf16-mixed"), CLUSTER, "transformer_h_0_mlp_c_fc")
+    with pytest.raises(AutoparError, match=r"precision bf16-mixed, .* in fp32; .*precision='bf16-mixed'"):
+        explain(plan, model_context("gpt2", "fp32"), CLUSTER, "transformer_h_0_mlp_c_fc")
+
+
+def test_a_default_plan_goes_with_a_default_capture_and_a_cluster_as_text(tmp_path: Path) -> None:
+    model, inputs = torch.nn.Linear(8, 8), (torch.ones(4, 8), torch.zeros(4, 8))
+    plan: Plan = autopar.plan(model, "cpu:2", inputs=inputs, loss_fn=torch.nn.functional.mse_loss)
+    program = autopar.capture(model, (inputs, {}), loss_fn=torch.nn.functional.mse_loss)
+    assert plan.explain(program, "cpu:2", plan.ops[0].name).planned.seconds == pytest.approx(plan.step_time_s, rel=1e-6)
+    assert plan.verify(program, "cpu:2")[0] == pytest.approx(plan.step_time_s, rel=1e-6)
+    plan.emit(tmp_path / "step.py", program, "cpu:2")
+    for given, said in (((program, 3), "cluster is 3"), ((model, "cpu:2"), "program is Linear")):
+        with pytest.raises(AutoparError, match=said):
+            plan.verify(*given)
 
 
 def test_equal_layers_planned_apart_are_refused() -> None:

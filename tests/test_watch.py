@@ -51,6 +51,7 @@ def test_the_others_are_told(size: int, how: str, mode: str) -> None:
     assert codes[-1] == (-9 if how == "kill" else 1) and seconds < MOST_SECONDS
     for code, text in zip(codes[:-1], said[:-1], strict=True):
         assert code not in (0, None) and f"rank {size - 1} of {size} is gone" in text, text
+        assert size > 2 or f"RankLost: rank {size - 1} is gone" in text, text
 
 
 @pytest.mark.parametrize(("size", "how"), [

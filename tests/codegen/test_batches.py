@@ -32,9 +32,9 @@ def errors(case: Case, reference: nn.Module, model: nn.Module, rows: slice, mine
     return found
 
 
-def compiled(name: str, mode: str, world_size: int, batch: int = 8,
+def compiled(name: str, mode: str, world_size: int, samples: int = 8,
              **options: Any) -> tuple[Case, nn.Module, nn.Module]:
-    case = CASES[name](batch=batch) if name in CASES else family(name)
+    case = CASES[name](batch=samples) if name in CASES else family(name)
     reference = copy.deepcopy(case.model)
     model = autopar.compile(case.model, quick(world_size), loss_fn=case.loss_fn, mode=mode, precision="fp32",
                             **{"inputs": case.inputs, **options})
@@ -46,7 +46,7 @@ def shorter(rank: int, world_size: int, name: str, mode: str) -> list[float]:
     case, reference, model = compiled(name, mode, world_size)
     everything = slice(0, 8)
     found = [errors(case, reference, model, rows, rows) for rows in (everything, slice(0, 5), slice(2, 3), everything)]
-    case, reference, model = compiled(name, mode, world_size, batch=8)
+    case, reference, model = compiled(name, mode, world_size)
     part = 8 // world_size
     start = part * rank
     found.append(errors(case, reference, model, everything, slice(start, start + part)))
@@ -66,10 +66,10 @@ def test_smaller_batches_are_filled_up(pool: Any, name: str, mode: str, world_si
 
 def undividing(rank: int, world_size: int, mode: str) -> tuple[float, tuple[int, ...], int]:
     """The error of a model compiled for six samples on four ranks; the mesh and samples of its plan."""
-    case, reference, model = compiled("gpt2", mode, world_size, batch=6)
+    case, reference, model = compiled("gpt2", mode, world_size, samples=6)
     plan: Any = model.plan
     first = errors(case, reference, model, slice(0, 6), slice(0, 6))
-    case, reference, model = compiled("gpt2", "auto", world_size, batch=6, plan=plan)  # which is for as many, or more
+    case, reference, model = compiled("gpt2", "auto", world_size, samples=6, plan=plan)  # which is for as many, or more
     return max(first, errors(case, reference, model, slice(0, 6), slice(0, 6))), plan.mesh, plan.workload.samples
 
 
@@ -99,6 +99,19 @@ def other_shapes(rank: int, world_size: int, mode: str, lazy: bool) -> list[floa
 @pytest.mark.parametrize(("mode", "lazy"), [("ddp", False), ("zero3", True), ("1d", False)])
 def test_other_shapes_are_planned_for(pool: Any, mode: str, lazy: bool) -> None:
     for found in pool(2).run(other_shapes, mode, lazy):
+        assert max(found) <= TOLERANCE, found
+
+
+def parts_by_word(rank: int, world_size: int) -> list[float]:
+    """Errors where each rank brings as many samples of its own as the plan's whole batch has, and again as many."""
+    case, reference, model = compiled("gpt2", "1d", world_size, 16, inputs=CASES["gpt2"]().inputs, batch="local")
+    mine = slice(8 * rank, 8 * rank + 8)
+    return [errors(case, reference, model, slice(0, 16), mine) for _ in range(2)]
+
+
+@pytest.mark.dist
+def test_local_parts_may_be_as_large_as_the_planned_batch(pool: Any) -> None:
+    for found in pool(2).run(parts_by_word):
         assert max(found) <= TOLERANCE, found
 
 

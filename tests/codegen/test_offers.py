@@ -32,6 +32,15 @@ def test_along_which_axes_samples_differ(brought: Any, settled: Any, axes: Any) 
     assert axes_of_offers(offers(*brought), 8, WAYS, Habits(settled), MESH) == axes
 
 
+@pytest.mark.parametrize(("brought", "settled", "axes"), [
+    ([(8, 1), (8, 2), (8, 3), (8, 4)], None, ALL), ([(4, 1), (4, 2), (4, 3), (4, 4)], None, ALL),
+    ([(4, 1), (4, 2), (4, 3), (4, 4)], CUT, ALL), ([(8, 1), (8, 1), (8, 2), (8, 2)], None, CUT),
+    ([(4, UNKNOWN)] * 4, ALL, ALL), ([(4, UNKNOWN)] * 4, None, CUT),
+])
+def test_local_parts_are_parts_whatever_their_size(brought: Any, settled: Any, axes: Any) -> None:
+    assert axes_of_offers(offers(*brought), 8, (CUT, ALL), Habits(settled), MESH) == axes
+
+
 def test_what_is_not_read_is_as_it_was_before() -> None:
     habits, unread = Habits(), [(8, UNKNOWN)] * 4
     read = offers(*[(8, 1)] * 4), offers((2, 1), (2, 2), (2, 3), (2, 4))

@@ -48,7 +48,8 @@ def epochs(rank: int, world_size: int, mode: str, mesh: Any, options: dict[str, 
 
 @pytest.mark.parametrize(("mode", "mesh", "options", "parts"), [
     ("ddp", None, {}, 4), ("1d", None, {}, 1), ("zero+1d", (2, 2), {}, 2), ("zero+1d", (2, 2), {"batch": "local"}, 2),
-    ("ddp", None, {"batch": "global"}, 1), ("zero+1d", (2, 2), {"inputs": None}, 4),
+    ("1d", None, {"batch": "local"}, 4), ("ddp", None, {"batch": "global"}, 1),
+    ("zero+1d", (2, 2), {"inputs": None}, 4),
 ])
 def test_every_sample_comes_once_and_where_it_is_wanted(pool: Any, mode: str, mesh: Any, options: dict[str, Any],
                                                         parts: int) -> None:
