@@ -125,7 +125,9 @@ def check_whole(checkpoint: Path) -> None:
     """Raises AutoparError unless every file of a checkpoint is there in its full size."""
     for name, mark in parse_head(read_object(checkpoint / HEAD)).table.files.items():
         path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else 0
+        if not path.is_file():
+            raise AutoparError(f"{path} is missing, needed are its {mark.nbytes} bytes; use an earlier checkpoint")
+        found = path.stat().st_size
         if found != mark.nbytes:
             raise AutoparError(f"{path} has {found} bytes, needed are {mark.nbytes}: the checkpoint is cut short; use "
                                "an earlier one")

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DistributedSampler
 
 from autopar import launch
+from autopar.codegen.batches import check_device
 from autopar.codegen.control import all_there
 from autopar.codegen.offers import Offer, digest, gathered, grown_to
 from autopar.codegen.parameters import whole_everywhere
@@ -52,6 +53,8 @@ class DeferredModule(Compiled):
         def offer() -> Offer:
             make_known((args, kwargs))
             leaves = pytree.tree_leaves((args, kwargs))
+            for place, leaf in enumerate(leaves):
+                check_device(str(place), leaf, launch.device())
             tensors[:] = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
             rest = [(x.shape[0] == rows_of(tensors), *x.shape[1:]) for x in tensors]
             return Offer(1, int(self.training), rows_of(tensors), digest([rest, len(leaves)]), digest(leaves))

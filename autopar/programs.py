@@ -25,7 +25,7 @@ from autopar.codegen.executable import Executable, build
 from autopar.codegen.lower import Target
 from autopar.codegen.offers import grown_to
 from autopar.codegen.parameters import device_mesh
-from autopar.codegen.ranks import on_rank_zero, together
+from autopar.codegen.ranks import check_alike, on_rank_zero, together
 from autopar.codegen.runtime import ParallelModule, Site
 from autopar.codegen.site import Draws
 from autopar.codegen.staging import Layout, Staging, device_mesh_of, every_stage, holding_of, line_of
@@ -181,6 +181,7 @@ class Programs:
         programs = candidates(self._call, order.cluster, lambda call: self._context(training, call))
         asked = next(iter(programs))
         if not all_equal(int(asked, 16)):
+            check_alike(outlined(programs[asked][0]))
             raise AutoparError("the ranks captured different programs; build the same model with the same inputs on "
                                "all")
 
@@ -323,6 +324,15 @@ def solve_best(programs: Mapping[str, tuple[Context, Call]], cluster: Cluster, r
     if not found:
         raise refusals[0]
     return min(found, key=lambda plan: plan.step_time_s)
+
+
+def outlined(ctx: Context) -> dict[str, str]:
+    """The tensors of a program in words, by the name of what makes each, those that it is given first."""
+    graph = ctx.segmented.factored.program.graph
+    given = [node for node in graph.nodes if node.op == "placeholder"]
+    return {("input " if node.op == "placeholder" else "op ") + node.name:
+            f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+            for node in (*given, *graph.nodes) if isinstance(value := node.meta.get("val"), torch.Tensor)}
 
 
 def check_fits(plan: Plan, ctx: Context, order: Order) -> None:

@@ -101,7 +101,7 @@ class Batch:
         with (self.out / f"{job.name}.log").open("wb") as log:
             process = subprocess.Popen(job.command.format(out=self.out), shell=True, cwd=ROOT, env=environment,
                                        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                       start_new_session=True)
+                                       start_new_session=True, preexec_fn=_interruptible)
         self.waiting.remove(job)
         self.running.append(Running(job, process, gpus, now, min(self.ends, now + job.seconds)))
         print(f"{job.name}: started on {job.gpus} GPUs", flush=True)
@@ -130,6 +130,11 @@ class Batch:
             said = log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.exists() else []
             parts += [f"== {name}: {how}, {seconds:.0f} s", *(line[:WIDTH] for line in said)]
         return "\n".join(parts)
+
+
+def _interruptible() -> None:
+    """Undo what a shell does to what it starts in the background: it ignores interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes_of(job: Job) -> list[int]:

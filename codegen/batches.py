@@ -203,9 +203,14 @@ def check_leaves(leaves: list[Any], placeholders: list[fx.Node], device: torch.d
                            f"{', '.join(p.name for p in placeholders)}; pass the same as when it was made")
     for node, leaf in zip(placeholders, leaves, strict=True):
         check_leaf(node, leaf)
-        if isinstance(leaf, Tensor) and leaf.device not in (device, torch.device("cpu")):
-            raise AutoparError(f"input {node.name} is on {leaf.device}, this rank runs on {device}; pass tensors on "
-                               f"{device}, or on the CPU, from where they are copied")
+        check_device(node.name, leaf, device)
+
+
+def check_device(name: str, leaf: Any, device: torch.device) -> None:
+    """Raises AutoparError for a tensor that this rank, which runs on `device`, can't read."""
+    if isinstance(leaf, Tensor) and leaf.device not in (device, torch.device("cpu")):
+        raise AutoparError(f"input {name} is on {leaf.device}, this rank runs on {device}; pass tensors on "
+                           f"{device}, or on the CPU, from where they are copied")
 
 
 def _cast(node: fx.Node, leaf: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ DAMAGES = {
     "head-cut": (HEAD, cut, "is not JSON"),
     "head-edited": (HEAD, reword, "checksum"),
     "other-format": (HEAD, age, "needed is 'autopar checkpoint 1'"),
-    "shard-missing": (SHARD, Path.unlink, "has 0 bytes"),
+    "shard-missing": (SHARD, Path.unlink, "is missing"),
     "shard-cut": (SHARD, cut, "cut short"),
     "shard-damaged": (SHARD, flip, "checksum"),
 }

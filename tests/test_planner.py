@@ -225,8 +225,9 @@ def test_a_layer_edited_on_its_own_is_seen() -> None:
 
 def test_a_plan_for_another_model_is_refused() -> None:
     plan = planned("mlp", (2,), "auto")
-    for other in (model_context("gpt2", "bf16-mixed"), model_context("mlp", "fp32")):
-        with pytest.raises(AutoparError, match="plan is for program"):
+    for other, said in ((model_context("gpt2", "bf16-mixed"), "plan is for program"),
+                        (model_context("mlp", "fp32"), "captured in fp32; capture it by .*precision='bf16-mixed'")):
+        with pytest.raises(AutoparError, match=said):
             verify(plan, other, cluster((2,)))
     with pytest.raises(AutoparError, match="the plan is for another model: ops it does not know"):
         decision_of(plan, model_context("gpt2", "bf16-mixed"))
