@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 
-from autopar.codegen.control import exchanged, note_away, on_alarm
+from autopar.codegen.control import GONE, exchanged, note_away, on_alarm
 
 log = logging.getLogger("autopar")
 GRACE_SECONDS = 10.0
@@ -122,9 +122,7 @@ def _tell(connections: Iterable[socket.socket], word: int) -> None:
 
 
 def _end(place: Place, lost: int) -> None:
-    log.error("rank %d of %d is gone: its process has ended by an error or a signal, it failed in the middle of a "
-              "step, or its machine is out of reach, see what it said last; rank %d ends too", lost, place.size,
-              place.rank)
+    log.error("rank %d of %d %s, see what it said last; rank %d ends too", lost, place.size, GONE, place.rank)
     time.sleep(GRACE_SECONDS)
     logging.shutdown()
     os._exit(1)

@@ -49,22 +49,25 @@ def connect_cuts(columns: Sequence[Sequence[int]], stages: int, device: torch.de
             ends = column[cut % len(column)], column[(cut + 1) % len(column)]
             for phase in ("forward", "backward"):
                 mine: list[int] = sorted(set(ends))
-                group = once(("way", cut, phase, *mine), partial(dist.new_group, mine))
+                group = once(("way", cut, phase, *mine), partial(_opened, mine, device))
                 if dist.get_rank() in ends and len(set(ends)) == 2:
                     peer = ends[1] if dist.get_rank() == ends[0] else ends[0]
                     found[cut, phase] = Link(group, peer)
-                    _greet(found[cut, phase], device)
     return found
 
 
-def _greet(link: Link, device: torch.device) -> None:
-    """Use a way once; the host waits."""
-    act = dist.isend if dist.get_rank() < link.peer else dist.irecv
-    with _there(link.peer):
-        for work in dist.batch_isend_irecv([dist.P2POp(act, torch.zeros(1, device=device), link.peer, link.group)]):
-            work.wait()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def _opened(ends: list[int], device: torch.device) -> dist.ProcessGroup:
+    """The group of a way, which the ranks at its ends have used once; their hosts wait for it. Collective."""
+    group: dist.ProcessGroup = dist.new_group(ends)
+    if dist.get_rank() in ends and len(ends) == 2:
+        first = dist.get_rank() == ends[0]
+        act, peer = (dist.isend, ends[1]) if first else (dist.irecv, ends[0])
+        with _there(peer):
+            for work in dist.batch_isend_irecv([dist.P2POp(act, torch.zeros(1, device=device), peer, group)]):
+                work.wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    return group
 
 
 @contextmanager

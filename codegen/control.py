@@ -21,6 +21,9 @@ _alarms: list[Callable[[], None]] = []
 _away: dict[int, bool] = {}
 """The ranks that are known to be away, the first first, and whether each took leave."""
 _heard = threading.Event()
+GONE = ("is gone: its process has ended by an error or a signal, it failed in the middle of a step, or its machine is "
+        "out of reach")
+"""What is said of a rank that is lost."""
 
 
 def control() -> dist.ProcessGroup:
@@ -86,9 +89,8 @@ def _who_is_away(said: str) -> str:
     """What is known of ranks that are away; `said` is what torch says."""
     lost, left = ([rank for rank, leave in _away.items() if leave is took] for took in (False, True))
     if lost:
-        return (f"rank {lost[0]} is gone: its process has ended by an error or a signal, it failed in the middle of a "
-                "step, or its machine is out of reach; see what it said last, and start all ranks again from the last "
-                f"checkpoint ({said})")
+        return (f"rank {lost[0]} {GONE}; see what it said last, and start all ranks again from the last checkpoint "
+                f"({said})")
     if left:
         return (f"the connection to rank {left[0]} was closed: it has ended, while rank {dist.get_rank()} is still in "
                 "what all ranks do together; take as many steps on each rank, and make the same calls on all, "

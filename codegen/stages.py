@@ -79,7 +79,7 @@ def check_bonds(executable: Executable, bounds: Sequence[int]) -> None:
     """Raises AutoparError where a cut parts what one stage has to run."""
     names = [call.segment.name for call in executable.calls]
     for bond in bonds_of(executable):
-        for bound in (b for b in bounds if bond.first < b <= bond.last):
+        for bound in filter(bond.parted, bounds):
             raise AutoparError(f"a stage begins at segment {names[bound]}, and segments {names[bond.first]} to "
                                f"{names[bond.last]} share buffer {bond.name}, which the forward writes; let one stage "
                                "run them all: plan again")

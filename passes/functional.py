@@ -180,7 +180,9 @@ WRITTEN_BACK: dict[Any, Callable[[fx.Node, fx.Node, fx.Node], fx.Node]] = {
 }
 """How a new value of a view makes a new value of what it looks at: (base, new, view) -> new base."""
 OPAQUE_VIEWS = {aten.expand.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int, operator.getitem}
-_VIEWS = {*WRITTEN_BACK, *OPAQUE_VIEWS, aten.detach.default}
+_LOOKS = {*WRITTEN_BACK, *OPAQUE_VIEWS}
+_VIEWS = {*_LOOKS, aten.detach.default}
+"""The views through which writes are followed; the same with what detaches, which only buffers are followed through."""
 
 
 def emit_after(node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -233,8 +235,8 @@ class _Writes:
         """What `node` shares its memory with: of views their base, of values and detached ones of buffers those."""
         if node in self.stands:
             return self.stands[node]
-        if node.op == "call_function" and (node.target in WRITTEN_BACK or node.target in OPAQUE_VIEWS
-                                           or (node.target is aten.detach.default and self._buffer(node))):
+        if node.op == "call_function" and (node.target in _LOOKS or (
+                node.target is aten.detach.default and self._buffer(node))):
             return node.args[0]  # type: ignore[return-value]
         return None
 
@@ -322,13 +324,11 @@ def _in_place_of(node: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 def _refresh_views(stale: list[fx.Node], new: fx.Node, current: dict[fx.Node, fx.Node]) -> None:
     """Views made before the write to `stale` look at the new value from now on."""
-    held = stale[0].op == "placeholder"
+    targets = _VIEWS if stale[0].op == "placeholder" else _LOOKS
     for node in list(new.graph.nodes):
         if node is new:
             return
-        viewing = node.op == "call_function" and (node.target in WRITTEN_BACK or node.target in OPAQUE_VIEWS
-                                                  or (held and node.target is aten.detach.default))
-        if viewing and node.args[0] in stale:
+        if node.op == "call_function" and node.target in targets and node.args[0] in stale:
             stale.append(node)
             if node not in current:
                 args = fx.map_arg(node.args, lambda n: _latest(n, current))

@@ -51,6 +51,10 @@ class Bond:
     last: int
     name: str
 
+    def parted(self, position: int) -> bool:
+        """Whether a cut before the segment at a position parts them."""
+        return self.first < position <= self.last
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -98,7 +102,7 @@ class Instance:
 
     def bond(self, position: int) -> Bond | None:
         """What a cut before the segment at a position would part, None where nothing."""
-        return next((bond for bond in self.bonds if bond.first < position <= bond.last), None)
+        return next((bond for bond in self.bonds if bond.parted(position)), None)
 
     @property
     def segments(self) -> int:

@@ -145,9 +145,9 @@ def check_schedule(name: str, pipe: Pipe) -> None:
                            f"{-(-pipe.micro_batches // pipe.devices) * pipe.devices}, or 1f1b")
 
 
-def _following(action: Action, pipe: Pipe) -> Action | None:
-    """The action of another stage that takes what an action makes."""
-    stage = action.stage + (1 if action.phase == "forward" else -1)
+def _source(action: Action, pipe: Pipe) -> Action | None:
+    """The action of another stage that makes what an action takes, None where it takes nothing from another."""
+    stage = action.stage + (-1 if action.phase == "forward" else 1)
     return Action(action.phase, stage, action.micro) if 0 <= stage < pipe.stages else None
 
 
@@ -162,18 +162,18 @@ def arrivals(name: Schedule, pipe: Pipe,
     """
     orders = [[a for a in actions(name, pipe, device) if a.phase in phases] for device in range(pipe.devices)]
     found: list[list[list[Action]]] = [[[] for _ in order] for order in orders]
-    places, waits = [0] * pipe.devices, {_following(a, pipe) for order in orders for a in order}
+    takers = {_source(a, pipe): a for order in orders for a in order}
+    places, done = [0] * pipe.devices, set[Action | None]([None])
     while any(place < len(order) for place, order in zip(places, orders, strict=True)):
         going = {device: order[place] for device, (place, order) in enumerate(zip(places, orders, strict=True))
-                 if place < len(order) and order[place] not in waits}
+                 if place < len(order) and _source(order[place], pipe) in done}
         assert going, f"{pipe} waits for itself"
         for device in going:
             places[device] += 1
-        for device, action in going.items():
-            taker = _following(action, pipe)
-            waits.discard(taker)
-            if taker is not None and taker.stage % pipe.devices != device:
-                found[taker.stage % pipe.devices][places[taker.stage % pipe.devices]].append(taker)
+        done.update(going.values())
+        for device, taker in ((device, takers.get(action)) for device, action in going.items()):
+            if taker is not None and (other := taker.stage % pipe.devices) != device:
+                found[other][places[other]].append(taker)
     return tuple(tuple(map(tuple, each)) for each in found)
 
 
@@ -240,12 +240,7 @@ def played(name: Schedule, pipe: Pipe, timing: Timing) -> tuple[Span, ...]:
 
 def _ready(action: Action, pipe: Pipe, timing: Timing, ends: dict[Action, float]) -> float | None:
     """When what an action needs has come, None where that is not known yet."""
-    if action.phase == "forward":
-        if action.stage == 0:
-            return 0.0
-        before, cut = Action("forward", action.stage - 1, action.micro), action.stage - 1
-    elif action.stage == pipe.stages - 1:
-        return ends.get(Action("forward", action.stage, action.micro))
-    else:
-        before, cut = Action("backward", action.stage + 1, action.micro), action.stage
-    return ends[before] + timing.sent[cut] if before in ends else None
+    before = _source(action, pipe)
+    if before is None:
+        return 0.0 if action.phase == "forward" else ends.get(Action("forward", action.stage, action.micro))
+    return ends[before] + timing.sent[min(before.stage, action.stage)] if before in ends else None
