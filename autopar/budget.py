@@ -16,7 +16,8 @@ import torch
 
 from autopar.again import trimmed
 from autopar.codegen.executable import Executable, build, offline
-from autopar.codegen.lower import Target
+from autopar.codegen.footprint import Footprint
+from autopar.codegen.lower import Lowered, Target
 from autopar.codegen.reprice import Memory, reprice
 from autopar.codegen.retained import Retained, fuses
 from autopar.codegen.site import Draws
@@ -75,15 +76,22 @@ class Within:
 
 @dataclass(frozen=True, eq=False)
 class Lowerings:
-    """The ways to run decisions of one program on one cluster, each lowered and traced once."""
+    """The ways to run decisions of one program on one cluster, each lowered and traced once.
+
+    So is every segment that decisions have in common: `segments` are as `build` knows them, `prints` as `Ways` does,
+    `menus` what is worth keeping of a segment that needs so much.
+    """
 
     known: dict[Any, Ways] = field(default_factory=dict)
+    segments: dict[Any, Lowered] = field(default_factory=dict)
+    prints: dict[Any, Footprint] = field(default_factory=dict)
+    menus: dict[tuple[Local, float], tuple[Kept, ...]] = field(default_factory=dict)
 
     def ways(self, decision: Decision, setting: Setting) -> Ways:
         """Those of `decision`, whatever it keeps."""
         key = decision.mesh.shape, decision.assignments, tuple(decision.storage.values())
         if key not in self.known:
-            self.known[key] = ways_of(lowered(decision, setting), setting)
+            self.known[key] = ways_of(lowered(decision, setting, self.segments), setting, self.prints)
         return self.known[key]
 
     def plain(self, decision: Decision, setting: Setting) -> Memory:
@@ -100,7 +108,7 @@ def recomputing(decision: Decision, setting: Setting, lowerings: Lowerings, solv
     if plain.device <= setting.budget:
         priced = reprice(ways.executable, setting)[0]
         return Within(ways.executable, priced, plain, priced.seconds)
-    made = menus(ways, setting.budget - (plain.around or 0.0), solver)
+    made = menus(ways, setting.budget - (plain.around or 0.0), lowerings.menus, solver)
     try:
         counts = solve(made.step, solver)
     except Infeasible:
@@ -184,12 +192,15 @@ def _others(free: Instance, met: list[tuple[int, ...]], first: tuple[int, ...]) 
             yield choices
 
 
-def menus(ways: Ways, budget: float, solver: str = "cbc") -> Menus:
-    """The menus of every stretch of equal segments; `budget` is what is left for the step itself."""
+def menus(ways: Ways, budget: float, choices: dict[tuple[Local, float], tuple[Kept, ...]],
+          solver: str = "cbc") -> Menus:
+    """The menus of every stretch of equal segments; `budget` is what is left for the step itself.
+
+    `choices` are what is known to be worth keeping, to which what is found is added.
+    """
     calls, course = ways.executable.calls, ways.course()
     fixed = np.stack(course.fixed)
     known: dict[int, tuple[tuple[tuple[str, ...], Entry], ...]] = {}
-    choices: dict[tuple[Local, float], tuple[Kept, ...]] = {}
     for place, call in reversed(list(enumerate(calls))):  # the last one's backward runs where most is held
         if id(call.lowered) not in known:
             need = _own(ways.retained[place]), 1.0 if place == len(calls) - 1 else 1.0 / len(calls)
@@ -248,7 +259,9 @@ def _own(retained: Retained) -> Local:
                                                 for v in retained.local.values))
 
 
-def lowered(decision: Decision, setting: Setting) -> Executable:
-    """The program of a decision for one device, connected to nobody, drawing as it does on the devices there."""
+def lowered(decision: Decision, setting: Setting, known: dict[Any, Lowered] | None = None) -> Executable:
+    """The program of a decision for one device, connected to nobody, drawing as it does on the devices there; `known`
+    as in `build`."""
     draws: Draws = "by kernel" if fuses(setting) else "by element"
-    return build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta"), {}, draws, "outside"))
+    return build(Target(decision, offline(setting.mesh), setting.price, torch.device("meta"), {}, draws, "outside"),
+                 known)

@@ -83,16 +83,19 @@ def offline(mesh: Mesh) -> Communicator:
     return Communicator(mesh, {axes: Group("", 0, tuple(range(mesh.extent(axes))), axes) for axes in sets})
 
 
-def build(target: Target) -> Executable:
-    """Lower every class of the program once for each way its inputs come in and its results go out."""
+def build(target: Target, known: dict[Any, Lowered] | None = None) -> Executable:
+    """Lower every class of the program once for each way its inputs come in and its results go out.
+
+    `known` are those of other decisions on the same program for the same device, to which new ones are added.
+    """
     decision = target.decision
     exported = _exported(decision)
-    cache: dict[Any, Lowered] = {}
+    cache: dict[Any, Lowered] = {} if known is None else known
     calls = []
     for segment in decision.context.segmented.segments:
         exports = exported.get(segment.name, {})
         assigned = tuple(decision.assignments[i] for i in segment.ops)
-        key = (segment.class_id, assigned, _arrivals(segment, target), tuple(exports.values()))
+        key = (decision.mesh.shape, segment.class_id, assigned, _arrivals(segment, target), tuple(exports.values()))
         if key not in cache:
             cache[key] = lower(segment, tuple(exports), target)
         calls.append(Call(segment, cache[key], tuple(exports), _parameters(segment, decision), cache[key].module))

@@ -30,6 +30,7 @@ import copy
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,6 +317,12 @@ def cut_joint(joint: fx.GraphModule, saved: list[fx.Node], outputs: int) -> tupl
     forward, backward = partitioners._extract_fwd_bwd_modules(
         joint, saved, saved_sym_nodes=[], num_fwd_outputs=outputs, static_lifetime_input_nodes=OrderedSet())
     return forward, partitioners.reordering_to_mimic_autograd_engine(backward)
+
+
+def unwritten() -> AbstractContextManager[None]:
+    """Inside, graphs that are cut from others are written as Python only where they are run."""
+    from torch.fx import _lazy_graph_module
+    return _lazy_graph_module._use_lazy_graph_module(True)
 
 
 def _decompositions() -> Any:

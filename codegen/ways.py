@@ -14,7 +14,7 @@ from autopar.codegen.arrivals import arrivals
 from autopar.codegen.executable import Call, Executable
 from autopar.codegen.footprint import Footprint, Kernels, footprint
 from autopar.codegen.partitioned import Parts, compiled_footprint, interpreted_footprint
-from autopar.codegen.private import cut_by_compiler, cut_joint
+from autopar.codegen.private import cut_by_compiler, cut_joint, unwritten
 from autopar.codegen.reprice import Memory, Tally, retained_by, tally_calls
 from autopar.codegen.retained import Retained, fuses
 from autopar.codegen.step_bytes import GRAIN, MOMENTS, Course, Moment
@@ -58,19 +58,20 @@ class Ways:
             given = arrivals(call.lowered, self.executable.decision, self.executable.target.inputs)
             run = Kernels(call.lowered.module, kind)
             return footprint(run, given, 1 + call.lowered.host_seeded, grain=GRAIN.get(kind, 1))
-        if kept is None:
-            parts = cut_by_compiler(found.module, found.outputs)
-        else:
-            parts = cut_joint(found.module, found.saved(frozenset(kept)), found.outputs)
+        with unwritten():
+            if kept is None:
+                parts = cut_by_compiler(found.module, found.outputs)
+            else:
+                parts = cut_joint(found.module, found.saved(frozenset(kept)), found.outputs)
         made = Parts(*parts, found.outputs, len(call.segment.externals) + 1 + call.lowered.host_seeded)
         return (compiled_footprint if self.fused else interpreted_footprint)(made, GRAIN.get(kind, 1))
 
 
-def ways_of(executable: Executable, setting: Setting) -> Ways:
-    """The ways to run a lowered program in a setting."""
+def ways_of(executable: Executable, setting: Setting, known: dict[tuple[int, Kept], Footprint] | None = None) -> Ways:
+    """The ways to run a lowered program in a setting; `known` are footprints of others of the same lowered segments."""
     tallies = tally_calls(executable, setting)
     return Ways(executable, tallies, retained_by(executable, setting, tallies), fuses(setting),
-                setting.optimizer.state_bytes)
+                setting.optimizer.state_bytes, {} if known is None else known)
 
 
 def memory_of(ways: Ways, kept: dict[str, tuple[str, ...]], around: float | None) -> Memory:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 _BELOW = {torch.Tensor.__lt__, torch.Tensor.lt, torch.lt, operator.lt}
 _LEAST = {torch.Tensor.__ge__, torch.Tensor.ge, torch.ge, operator.ge}
+_COMPARISONS = _BELOW | _LEAST
 
 
 class CertainComparisons(TorchFunctionMode):
@@ -27,7 +28,7 @@ class CertainComparisons(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
-        if function in _BELOW | _LEAST and len(args) == 2 and id(args[0]) in self._drawn:
+        if function in _COMPARISONS and len(args) == 2 and id(args[0]) in self._drawn:
             bound = args[1]
             if isinstance(bound, (int, float)) and not 0.0 < bound < 1.0:
                 return torch.tensor((bound >= 1.0) == (function in _BELOW))

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 _WRITTEN = {torch.tensor, torch.as_tensor, torch.asarray}
 _LIKE = {torch.Tensor.new_tensor}
+_BY_VALUE = _WRITTEN | _LIKE
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
@@ -30,8 +31,10 @@ class Literals(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
+        if len(args) < 2 and not kwargs and function not in _BY_VALUE:
+            return function(*args)  # nothing stands beside it
         named = dict(kwargs or {})
-        if function not in _WRITTEN | _LIKE:
+        if function not in _BY_VALUE:
             met = (*args, *named.values()) if _writes(function, named) else _met((*args, *named.values()))
             return function(*met[:len(args)], **dict(zip(named, met[len(args):], strict=True)))
         if any(isinstance(value, torch.Tensor) for value in args[-1:]):
