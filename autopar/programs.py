@@ -22,12 +22,13 @@ from autopar.codegen.compiled import BY_STAGE, COMPILERS, RECORDS, Compiler
 from autopar.codegen.control import all_equal
 from autopar.codegen.draws import Samples
 from autopar.codegen.executable import Executable, build
+from autopar.codegen.holding import Site
 from autopar.codegen.lower import Target
 from autopar.codegen.offers import grown_to
 from autopar.codegen.parameters import device_mesh
 from autopar.codegen.ranks import check_alike, on_rank_zero, together
 from autopar.codegen.replay import Launches
-from autopar.codegen.runtime import ParallelModule, Site
+from autopar.codegen.runtime import ParallelModule
 from autopar.codegen.site import Draws
 from autopar.codegen.staging import Layout, Staging, device_mesh_of, every_stage, holding_of, line_of
 from autopar.core.cluster import Cluster
