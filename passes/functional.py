@@ -304,9 +304,9 @@ def _check_apart(node: fx.Node, root: fx.Node) -> None:
     after = node.next
     while after.op != "root":
         if after in readers and after.target not in _VIEWS:
-            raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes in place ({node.target}) to a detached "
-                               f"{base.name}, which {after.name} reads later: detached tensors are copies here; clone "
-                               "it before, and use the clone from there on")
+            raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes in place ({node.target}) to "
+                               f"what is detached from {base.name}, which {after.name} reads later: detached tensors "
+                               "are copies here; clone it before, and use the clone from there on")
         after = after.next
 
 
