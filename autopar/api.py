@@ -120,7 +120,7 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     on, or "eager", which runs segments as they are, for debugging; the default is "inductor" on GPUs that Triton knows
     and "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model that was
     built under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a folder of
-    them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all dropout
+    them, or one of `autopar.save_checkpoint`), or "model", its own initialisation, which what has values keeps. With `exact_dropout` all dropout
     draws the same mask under every plan; without it, the default on GPUs, that inside of attention is left to the fused
     kernel, which is faster and draws another on each rank. `costs` is what computing is taken to last: "roofline" goes
     by the cluster's figures, "measured" compiles and runs each segment that a plan would run and plans again with that.
