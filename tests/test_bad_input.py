@@ -66,6 +66,8 @@ TROUBLES: dict[str, tuple[Any, list[str]]] = {
     "plan of another batch": (lambda n: compiled(n, plan=planned(n, batch=4)), ["the plan is for program", "shapes"]),
     "plan of another cluster": (lambda n: compiled(n, cluster="cpu:2", plan=planned(n)),
                                 ["the plan is for mesh", "cpu:2", "plan again"]),
+    "plan for another optimizer": (lambda n: compiled(n, plan=planned(n), optimizer="sgd"), [
+        "the plan is for optimizer adamw", "asked for is sgd", "optimizer='adamw'"]),
     "plan of more devices": (lambda n: compiled(n, plan=planned(2 * n)), ["mesh", "cpu:4", "cpu:2", "plan again"]),
     "cluster of more devices": (lambda n: compiled(n, cluster=quick(2 * n)), ["4 devices", "2 ranks are running"]),
 }
