@@ -18,7 +18,7 @@ from autopar.core.cluster import Cluster
 from autopar.explanation import explain
 from autopar.launch import local_cluster
 from autopar.models.registry import build
-from autopar.passes.capture import Precision, capture
+from autopar.passes.capture import BatchNorm, Head, Precision, capture
 from autopar.passes.decision import Context
 from autopar.passes.lookups import checked
 from autopar.passes.notation import op_called
@@ -43,6 +43,7 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     progress.doing(f"tracing {options.model}")
     with hushed(options.verbose):
         program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
+    program = replace(program, head=cast(Head, options.head), batch_norm=cast(BatchNorm, options.batch_norm))
     progress.doing("working out how each operation can be cut")
     context = checked(prepare(program, cluster))
     if options.explain is not None:
