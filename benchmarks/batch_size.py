@@ -35,10 +35,12 @@ import autopar
 from autopar.arguments import read_budget, read_cluster
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
+from autopar.launch import local_cluster
 from autopar.plan import Plan
 
 MB = 1e6
 b = sympy.Symbol("b", positive=True)
+APART = 0.05
 SHARES = (0.75, 0.5, 0.25, 0.0)
 """The parts of what may be recomputed that the budgets of the pilots leave."""
 
@@ -228,17 +230,31 @@ def told(asked: argparse.Namespace, model: Model, points: list[Point], best: Poi
             "curve": [asdict(point) for point in points]}
 
 
+def best_apart(points: list[Point], count: int) -> set[int]:
+    """The batches of the best points, each some way from the others: neighbours are as good as each other."""
+    found: set[int] = set()
+    for point in sorted(points, key=lambda point: -point.told):
+        if len(found) < count and all(abs(point.batch - each) >= APART * each for each in found):
+            found.add(point.batch)
+    return found
+
+
+def at_hand() -> Cluster:
+    """The devices of this launch: as measured, a single one, which has no links to measure, as its preset says."""
+    return autopar.Cluster.measure() if dist.get_world_size() > 1 else local_cluster(1)
+
+
 def main(arguments: list[str] | None = None) -> Point:
     """Find the batch of one model."""
     asked = parsed(arguments)
     ranks = "RANK" in os.environ
     if asked.verify or not asked.cluster:
         autopar.init()
-    cluster = read_cluster(asked.cluster) if asked.cluster else autopar.Cluster.measure()
+    cluster = read_cluster(asked.cluster) if asked.cluster else at_hand()
     planner, budget = Planner(WORK[asked.model], cluster, asked.mode), read_budget(asked.budget)
     model = model_of(planner, *asked.pilots)
     points = curve(model, budget, asked.most, cluster.size)
-    top = {p.batch for p in sorted(points, key=lambda point: -point.told)[:asked.top]}
+    top = best_apart(points, asked.top)
     points = [planned(planner, p, budget) if p.batch in top else p for p in points]
     if asked.verify:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

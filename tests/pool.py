@@ -9,6 +9,7 @@ Functions are pickled by reference, so they live at the top of a module.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -28,7 +29,7 @@ from typing import Any
 LAUNCH_SECONDS = 120.0
 GRACE_SECONDS = 1.0
 """How long the other ranks may still take once one has failed: they usually wait for it in a collective."""
-OUTPUT_CHARACTERS = 2000
+OUTPUT_CHARACTERS = 8000
 
 
 class WorkerFailure(AssertionError):
@@ -139,6 +140,7 @@ def _serve(rank: int, world_size: int, folder: str, timeout: float, connection: 
     descriptor = os.open(_output(folder, rank), os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.enable(descriptor)  # a process that is ended by a signal says where it was
     connection.send_bytes(_answer(partial(_join, rank, world_size, folder, timeout)))
     while True:
         try:

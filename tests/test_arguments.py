@@ -46,7 +46,7 @@ def test_budgets(given: Any, nbytes: float) -> None:
 
 
 @pytest.mark.parametrize("given", [
-    "", "lots", "nan", "inf", "-1GiB", "0", "1e999", "1e30GiB", "20 TiB", "GiB", 0, -1, 0.0, math.nan, math.inf,
+    "", "lots", "nan", "inf", "-1GiB", "0", "1e999", "1e30GiB", "20 XiB", "GiB", 0, -1, 0.0, math.nan, math.inf,
     -math.inf, 10**400, True, (1,), {}, b"1GB", torch.tensor(1e9), 1j,
 ])
 def test_no_budgets(given: Any) -> None:
