@@ -40,7 +40,7 @@ from autopar.passes.lookups import checked
 from autopar.passes.modes import MODES
 from autopar.plain import check_plain
 from autopar.plan import Plan
-from autopar.planner import Request, check_shapes, prepare, with_stages
+from autopar.planner import Request, check_shapes, prepare, stages_of, with_stages
 from autopar.profiling import Costs
 from autopar.programs import Call, LossFn, Order, candidates, compiled, solve_best
 from autopar.solver.model import SOLVERS
@@ -120,11 +120,12 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     then on, "inductor-no-cudagraphs", or "eager", which runs segments as they are, for debugging; the default is
     "inductor" on GPUs that Triton knows and "eager" on CPUs, where Inductor takes a minute for what eager code trains
     in. `init` gives a model that was built under `autopar.empty()` its values: the path of a checkpoint that all ranks
-    see (safetensors, a folder of them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With
-    `exact_dropout` all dropout draws the same mask under every plan; without it, the default on GPUs, that inside of
-    attention is left to the fused kernel, which is faster and draws another on each rank. `costs` is what computing is
-    taken to last: "roofline" goes by the cluster's figures, "measured" compiles and runs each segment that a plan would
-    run and plans again with that. All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
+    see (safetensors, a folder of them, or one of `autopar.save_checkpoint`), or "model", its own initialisation; what
+    has values keeps those. With `exact_dropout` all dropout draws the same mask under every plan; without it, the
+    default on GPUs, that inside of attention is left to the fused kernel, which is faster and draws another on each
+    rank. `costs` is what computing is taken to last: "roofline" goes by the cluster's figures, "measured" compiles and
+    runs each segment that a plan would run and plans again with that. All else is as in `autopar.plan`. Raises
+    AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None, Material]:
         if batch is not None:
@@ -191,9 +192,12 @@ def _told(model: nn.Module, order: Order) -> dict[str, str]:
 
 
 def arguments(inputs: Inputs) -> Call:
-    """`inputs` as (args, kwargs)."""
-    if isinstance(inputs, dict):
+    """`inputs` as (args, kwargs). Raises AutoparError for a list, which may be meant as one argument or as several."""
+    if isinstance(inputs, Mapping):
         return (), dict(inputs)
+    if isinstance(inputs, list):
+        raise AutoparError(f"inputs are a list of {len(inputs)}, needed is a tuple of positional arguments, such as "
+                           "(x, y), or a dict of keyword arguments; for a forward that takes one list give ([...],)")
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
@@ -209,11 +213,11 @@ def _request(model: nn.Module, precision: Precision, **asked: Any) -> Request:
     one_of("precision", precision, COMPUTE_DTYPE)
     mode, optimizer, solver = (one_of(name, asked[name], known) for name, known in _WORDS.items())
     mesh, budget, pins = (asked[name] for name in ("mesh", "memory_budget", "pins"))
-    stages, inner, parts = read_counts(asked["counts"], None if mesh is None else read_mesh(mesh))
+    pp, inner, parts = read_counts(asked["counts"], None if mesh is None else read_mesh(mesh))
     layout = read_layout(*asked["ranks"])
     return Request(type(model).__name__, mode, inner, optimizer, None if budget is None else read_budget(budget),
                    solver, () if pins is None else read_pins(pins), micro_batches=parts, layout=layout,
-                   stages=stages or (layout.stages if layout else None))
+                   stages=stages_of(pp, layout, mode))
 
 
 def _place(cluster: ClusterLike | None, request: Request) -> Cluster:

@@ -15,6 +15,7 @@ from autopar.codegen.batches import check_device
 from autopar.codegen.control import all_there
 from autopar.codegen.offers import Offer, digest, gathered, grown_to
 from autopar.codegen.parameters import whole_everywhere
+from autopar.codegen.ranks import by_rank
 from autopar.codegen.runtime import ParallelModule, not_pickled
 from autopar.codegen.surroundings import Compiled, apart
 from autopar.core.errors import AutoparError
@@ -61,8 +62,8 @@ class DeferredModule(Compiled):
 
         offers, rows = gathered(offer), rows_of(tensors)
         if len({offer.rest for offer in offers}) > 1:
-            raise AutoparError(f"the ranks' inputs have different shapes, here {[list(x.shape) for x in tensors]}; "
-                               "pass batches of one shape")
+            shapes = by_rank(str([tuple(x.shape) for x in tensors]))
+            raise AutoparError(f"the ranks' inputs have different shapes: {shapes}; pass batches of one shape")
         whole = self._order.batch == "global" or (self._order.batch is None and len(set(offers)) == 1)
         grown = rows if whole else max(offer.rows for offer in offers) * len(offers)
         call = pytree.tree_map_only(Tensor, lambda x: grown_to(x, rows, grown), (args, kwargs))

@@ -51,7 +51,8 @@ class Own:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Built:
-    """What the constructors of a model on meta would have given its parameters, by name."""
+    """What the constructors of a model on meta would have given its parameters, and the buffers that they make of
+    those, by name; what is not on meta is used as it is."""
 
     records: Mapping[str, Record]
 
@@ -59,7 +60,7 @@ class Built:
         """Ranks with different models are told by their programs."""
 
     def values(self, plain: nn.Module, device: torch.device) -> Values:
-        """Each rank makes one parameter in turn, all of them at the same time, and hands it to the others."""
+        """Each rank makes one tensor in turn, all of them at the same time, and hands it to the others."""
         held, own, seed = held_by(plain), own_values(plain, device), seed_of_rank_zero(device)
         names, world = list(self.records), dist.get_world_size()
         place = {name: i for i, name in enumerate(names)}
@@ -101,28 +102,30 @@ class Loaded:
 
 def read_material(init: Any, model: nn.Module) -> Material:
     """What `init` stands for: None, "model" or a path. Raises AutoparError where `model` would lack values."""
-    tensors, parameters = held_by(model), dict(model.named_parameters())
-    bare = [name for name, tensor in tensors.items() if tensor.is_meta]
-    buffers = [name for name in bare if name not in parameters]
-    if bare and init is None:
-        raise AutoparError(f"tensors of the model are on meta, without values: {some(bare)}; pass init=, the path of a "
-                           "checkpoint or 'model', or only plan it, with autopar.plan")
-    if buffers:
-        raise AutoparError(f"buffers of the model are on meta, without values: {some(buffers)}; build the model under "
-                           "autopar.empty(), which leaves them real, and make none of them from parameters")
+    held = held_by(model)
+    bare = [name for name, tensor in held.items() if tensor.is_meta]
     if init is None:
+        if bare:
+            raise AutoparError(f"tensors of the model are on meta, without values: {some(bare)}; pass init=, the path "
+                               "of a checkpoint or 'model', or only plan it, with autopar.plan")
         return Own()
     if init == AS_BUILT:
-        return _built(parameters, bare)
+        return _built(held, bare)
     if not isinstance(init, str | os.PathLike):
         raise AutoparError(f"init is {told(init)}, needed is the path of a checkpoint, or 'model' for the model's own "
                            "initialisation")
     weights = open_weights(Path(check_path("init", init)))
-    return Loaded(weights, names_in(weights, model))
+    names = names_in(weights, model)
+    lacking = [name for name in bare if name not in names]
+    if lacking:
+        raise AutoparError(f"buffers of the model are on meta, and {weights.source} has no values for them, as they "
+                           f"are not saved: {some(lacking)}; build the model under autopar.empty(), which leaves "
+                           "buffers real, and make none that is not saved from parameters")
+    return Loaded(weights, names)
 
 
-def _built(parameters: dict[str, nn.Parameter], bare: list[str]) -> Built:
-    records = {name: record for name in bare if (record := recorded(parameters[name])) is not None}
+def _built(held: dict[str, Tensor], bare: list[str]) -> Built:
+    records = {name: record for name in bare if (record := recorded(held[name])) is not None}
     lost = [name for name in bare if name not in records]
     if lost:
         raise AutoparError(f"how the model initialises {some(lost)} was not recorded; build it, and convert or copy "

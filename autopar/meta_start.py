@@ -22,11 +22,13 @@ _RECORDS: list[Record] = []
 
 @contextlib.contextmanager
 def empty() -> Iterator[None]:
-    """Modules made inside have their parameters on meta, without memory, and their buffers as ever.
+    """Modules made inside have their parameters on meta, without memory, and their buffers as ever, but for those that
+    they make of parameters, as spectral norms do.
 
     `autopar.compile(model, ..., init=...)` gives parameters their values, of which each rank only ever holds its part
     and one whole parameter: those of a checkpoint, or what the constructors would have given them, which is recorded
-    here. What is done to parameters outside, and through NumPy, is not.
+    here. What is done to parameters outside, and through NumPy, is not. Raises AutoparError where a constructor looks
+    at the values of parameters.
     """
     _RECORDS[:] = [record for record in _RECORDS if record.alive()]
     handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
@@ -56,9 +58,9 @@ class _FillRecorder(TorchFunctionMode):
         return found
 
 
-def recorded(parameter: Tensor) -> Record | None:
-    """The record that the values of a parameter can be made from, None without one."""
-    return next((record for record in _RECORDS if record.knows(parameter)), None)
+def recorded(tensor: Tensor) -> Record | None:
+    """The record that the values of a parameter or a buffer can be made from, None without one."""
+    return next((record for record in _RECORDS if record.knows(tensor)), None)
 
 
 def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

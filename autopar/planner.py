@@ -150,6 +150,17 @@ def check_stages(request: Request) -> None:
                            "can't be fixed yet; leave pins out, or use a mode without stages")
 
 
+def stages_of(pp: int | None, layout: HandLayout | None, mode: str) -> int | None:
+    """The stages that are asked for; a mode with stages takes as many as a layout has. Raises AutoparError for a layout
+    without either."""
+    if pp is not None or layout is None:
+        return pp
+    if layout.stages > 1 and not mode_called(mode).staged:
+        raise AutoparError(f"ppranks lay out {layout.stages} stages, and mode {mode} is asked for without pp=; give "
+                           f"pp={layout.stages} too, or leave ppranks and dpranks out")
+    return layout.stages
+
+
 def solve(ctx: Context, cluster: Cluster, request: Request, report: Report = lambda _: None) -> tuple[Plan, Problem]:
     """The best plan over mesh shapes, with the problem it solves.
 

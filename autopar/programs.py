@@ -351,6 +351,9 @@ def check_fits(plan: Plan, ctx: Context, order: Order) -> None:
     if plan.precision != order.precision:
         raise AutoparError(f"the plan is for precision {plan.precision}, this is {order.precision}; pass precision="
                            f"{plan.precision!r}, or plan again")
+    if plan.optimizer != order.request.optimizer:
+        raise AutoparError(f"the plan is for optimizer {plan.optimizer}, asked for is {order.request.optimizer}, whose "
+                           f"state takes other memory; pass optimizer={plan.optimizer!r}, or plan again")
     if plan.cluster_key != cluster.key() or plan.devices != cluster.size:
         raise AutoparError(f"the plan is for mesh {Mesh(plan.mesh)} of {plan.cluster} ({plan.cluster_key}), this is "
                            f"{cluster} ({cluster.key()}); plan again for this one")

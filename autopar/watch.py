@@ -1,8 +1,9 @@
 """Every rank hears within seconds that another one is gone, whatever it is waiting for.
 
 Each rank keeps a connection to rank 0, which the system closes with the process, even one that is killed. Rank 0 tells
-all others; where it is gone itself its own connections end. Collectives alone don't do: under NCCL those that are left
-wait for minutes, under gloo only who talks to the lost rank is told.
+all others; where it is gone itself its own connections end. Both ends beat: a rank whose process is there and stopped
+is one that is not heard of. Collectives alone don't do: under NCCL those that are left wait for minutes, under gloo
+only who talks to the lost rank is told.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 
-from autopar.codegen.control import GONE, exchanged, note_away, on_alarm
+from autopar.codegen.control import GONE, SILENT_SECONDS, How, exchanged, note_away, on_alarm
 
 log = logging.getLogger("autopar")
 GRACE_SECONDS = 10.0
@@ -31,6 +32,10 @@ _IDLE_SECONDS = 10
 _WORD = struct.Struct("!i")
 _BYE = -1
 _NOBODY = -2
+_BEAT = -3
+_SILENT = -4
+"""Of rank 0; one less of each further rank."""
+BEAT_SECONDS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +101,49 @@ def _heard(connection: socket.socket) -> int:
     return int(_WORD.unpack(word)[0]) if len(word) == _WORD.size else _NOBODY
 
 
+@dataclass(eq=False)
+class Pulse:
+    """When each rank was heard last, and this one looked; seconds of a clock that stands still for nobody."""
+
+    heard: dict[int, float]
+    looked: float = field(default_factory=time.monotonic)
+
+    def silent(self, now: float) -> list[int]:
+        """The ranks of which nothing was heard for too long; after this rank was stopped itself they have time anew."""
+        if now - self.looked > SILENT_SECONDS / 2:
+            self.heard = dict.fromkeys(self.heard, now)
+        self.looked = now
+        return [rank for rank, last in self.heard.items() if now - last > SILENT_SECONDS]
+
+
 def _listen(place: Place, connections: dict[int, socket.socket]) -> None:
-    """Wait until some rank is lost, tell the others and end this one."""
-    waiting = selectors.DefaultSelector()
+    """Wait until some rank is lost or silent, tell the others and end this one."""
+    waiting, beaten = selectors.DefaultSelector(), time.monotonic()
+    pulse = Pulse(dict.fromkeys(connections, beaten))
     for rank, connection in connections.items():
         waiting.register(connection, selectors.EVENT_READ, rank)
     while waiting.get_map():
-        for key, _ in waiting.select():
+        for key, _ in waiting.select(BEAT_SECONDS):
             word = _heard(connections[key.data])
+            pulse.heard[key.data] = time.monotonic()
             if word == _BYE:
-                note_away(key.data, True)
+                note_away(key.data, "left")
                 waiting.unregister(connections[key.data])
-                continue
-            lost = key.data if word == _NOBODY else word
-            note_away(lost, False)
-            _tell([connections[rank] for rank in connections.keys() - {lost}], lost)
-            _end(place, lost)
+                del pulse.heard[key.data]
+            elif word != _BEAT:
+                _end(place, connections, *told_away(key.data, word))
+        for rank in pulse.silent(time.monotonic()):
+            _end(place, connections, rank, "silent")
+        if time.monotonic() - beaten > BEAT_SECONDS:
+            _tell(connections.values(), _BEAT)
+            beaten = time.monotonic()
+
+
+def told_away(said_by: int, word: int) -> tuple[int, How]:
+    """The rank that a word from `said_by` tells of, and how it is away."""
+    if word <= _SILENT:
+        return _SILENT - word, "silent"
+    return said_by if word == _NOBODY else word, "lost"
 
 
 def _tell(connections: Iterable[socket.socket], word: int) -> None:
@@ -121,8 +153,11 @@ def _tell(connections: Iterable[socket.socket], word: int) -> None:
             connection.sendall(_WORD.pack(word))
 
 
-def _end(place: Place, lost: int) -> None:
-    log.error("rank %d of %d %s, see what it said last; rank %d ends too", lost, place.size, GONE, place.rank)
+def _end(place: Place, connections: dict[int, socket.socket], lost: int, how: How) -> None:
+    """Tell the others of a rank that is lost or silent, and end this one."""
+    note_away(lost, how)
+    _tell([connections[rank] for rank in connections.keys() - {lost}], _SILENT - lost if how == "silent" else lost)
+    log.error("rank %d of %d %s, see what it said last; rank %d ends too", lost, place.size, GONE[how], place.rank)
     time.sleep(GRACE_SECONDS)
     logging.shutdown()
     os._exit(1)

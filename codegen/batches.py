@@ -26,6 +26,7 @@ from autopar.codegen.offers import (
     digest,
     gathered,
 )
+from autopar.codegen.ranks import by_rank
 from autopar.core.errors import AutoparError
 from autopar.core.mesh import Mesh
 from autopar.passes.additive import Additive
@@ -122,8 +123,8 @@ class Batches:
         try:
             axes = axes_of_offers(offers, planned.rows, plans.ways, self.habits, plans.mesh)
         except AutoparError as error:
-            raise AutoparError(f"{error}, this one inputs of shapes {list(_shapes(leaves))}; pass the same whole batch "
-                               "on every rank, or on each its own part") from None
+            raise AutoparError(f"{error}: inputs of shapes {by_rank(str(list(_shapes(leaves))))}; pass the same whole "
+                               "batch on every rank, or on each its own part") from None
         return axes, offers
 
     def _rows(self, planned: Batched, leaves: list[Any], offers: list[Offer], axes: Axes) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,13 +18,20 @@ from autopar.core.errors import RankLost
 
 NEWS_SECONDS = 2.0
 """How long one that can't go on waits to hear which rank it is that is gone."""
+SILENT_SECONDS = 40.0
+"""How long nothing may be heard of a rank: every process beats many times in it, whatever it computes."""
+How = Literal["left", "lost", "silent"]
 _alarms: list[Callable[[], None]] = []
-_away: dict[int, bool] = {}
-"""The ranks that are known to be away, the first first, and whether each took leave."""
+_away: dict[int, How] = {}
+"""The ranks that are known to be away, the first first: by leave, at once, or still there and silent."""
 _heard = threading.Event()
-GONE = ("is gone: its process has ended by an error or a signal, it failed in the middle of a step, or its machine is "
-        "out of reach")
-"""What is said of a rank that is lost."""
+GONE: dict[How, str] = {
+    "lost": ("is gone: its process has ended by an error or a signal, it failed in the middle of a step, or its "
+             "machine is out of reach"),
+    "silent": (f"does not answer: nothing was heard of it for {SILENT_SECONDS:g} s, its process is stopped, or its "
+               "machine overloaded or out of reach"),
+}
+"""What is said of a rank that is away without leave."""
 
 
 def control() -> dist.ProcessGroup:
@@ -65,9 +73,9 @@ def alarm() -> None:
         tell()
 
 
-def note_away(rank: int, took_leave: bool) -> None:
-    """Remember that `rank` is away, so that errors name it; who took leave has ended without an error."""
-    _away.setdefault(rank, took_leave)
+def note_away(rank: int, how: How) -> None:
+    """Remember that `rank` is away, so that errors name it; who left has ended without an error."""
+    _away.setdefault(rank, how)
     _heard.set()
 
 
@@ -87,10 +95,10 @@ def all_there() -> Iterator[None]:
 
 def _who_is_away(said: str) -> str:
     """What is known of ranks that are away; `said` is what torch says."""
-    lost, left = ([rank for rank, leave in _away.items() if leave is took] for took in (False, True))
+    lost, left = [rank for rank, how in _away.items() if how in GONE], [*_away]
     if lost:
-        return (f"rank {lost[0]} {GONE}; see what it said last, and start all ranks again from the last checkpoint "
-                f"({said})")
+        return (f"rank {lost[0]} {GONE[_away[lost[0]]]}; see what it said last, and start all ranks again from the "
+                f"last checkpoint ({said})")
     if left:
         return (f"the connection to rank {left[0]} was closed: it has ended, while rank {dist.get_rank()} is still in "
                 "what all ranks do together; take as many steps on each rank, and make the same calls on all, "

@@ -335,10 +335,20 @@ def _decompositions() -> Any:
 def cut_by_compiler(joint: fx.GraphModule, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The forward and the backward as Inductor cuts a joint graph, which is left as it is."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    copied = fx.GraphModule(joint, copy.deepcopy(joint.graph))
     found: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
-        copied, None, compiler="inductor", num_fwd_outputs=outputs)
+        fx.GraphModule(joint, _copied(joint.graph)), None, compiler="inductor", num_fwd_outputs=outputs)
     return found
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """The nodes of `graph` in another; how its inputs were nested is left out, as a copy of that makes torch warn of
+    what it does itself."""
+    made = fx.Graph()
+    found = made.graph_copy(graph, {}, return_output_node=True)
+    assert isinstance(found, tuple)
+    output, old = found
+    made.output(output).meta = copy.copy(old.meta)
+    return made
 
 
 def traced(run: Callable[..., Any], arguments: list[Tensor], keep: Callable[[str, fx.GraphModule], object],

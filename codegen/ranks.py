@@ -69,6 +69,18 @@ def check_alike(told: Mapping[str, str]) -> None:
     together(compare)
 
 
+def by_rank(mine: str) -> str:
+    """What each rank tells, as `a on rank 0, b on ranks 1, 2`; collective."""
+    said: list[Any] = [mine]
+    if dist.get_world_size() > 1:
+        said = [None] * dist.get_world_size()
+        with all_there():
+            dist.all_gather_object(said, mine, group=control())
+    ranks = {text: [str(rank) for rank, each in enumerate(said) if each == text] for text in said}
+    return ", ".join(f"{text} on rank{'s' if len(which) > 1 else ''} {', '.join(which)}"
+                     for text, which in ranks.items())
+
+
 def _broadcast(said: list[Any]) -> None:
     """Rank 0's entries in place of all others'."""
     with all_there():

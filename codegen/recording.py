@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopar.codegen.private import StorageWeakRef, TorchDispatchMode
+from autopar.core.errors import AutoparError
+from autopar.passes.blame import here
 
 aten = torch.ops.aten
 WRITES_ALL = {aten.normal_.default, aten.uniform_.default, aten.fill_.Scalar, aten.zero_.default, aten.copy_.default}
@@ -147,7 +149,8 @@ def _written(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]
 
 
 class Recorder(TorchDispatchMode):
-    """While it is entered, every op on tensors goes into `record`."""
+    """While it is entered, every op on tensors goes into `record`. Raises AutoparError for one that tells values of
+    tensors on meta."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -156,7 +159,12 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         named = kwargs or {}
-        self.record.keep([leaf for leaf in pytree.tree_leaves((args, named)) if isinstance(leaf, Tensor)])
+        tensors = [leaf for leaf in pytree.tree_leaves((args, named)) if isinstance(leaf, Tensor)]
+        if torch.Tag.data_dependent_output in op.tags and any(tensor.is_meta for tensor in tensors):
+            raise AutoparError(f"a constructor looks at the values of a tensor{here()}, which are not there yet under "
+                               "autopar.empty(); build that module before, and put it into the model here: it then "
+                               "has values of its own")
+        self.record.keep(tensors)
         result = op(*args, **named)
         self.record.add(op, args, named, result)
         return result

@@ -7,9 +7,9 @@ another kernel of its own wants the result, the writing of that. Where ops run o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
@@ -77,20 +77,47 @@ def retained(lowered: Lowered, decision: Decision, rates: Rates) -> Retained:
     return _KNOWN[lowered]
 
 
+_JOINTS: WeakValueDictionary[Hashable, Joint] = WeakValueDictionary()
+"""Joint graphs by what they are traced of: the ways that are tried often cut a segment alike, and tracing one is most
+of what planning within a budget takes."""
+
+
 def _retained(lowered: Lowered, decision: Decision, rates: Rates) -> Retained:
+    found = _joint(lowered, decision, rates.fused)
+    local = Local((), ()) if found is None else _Reader(found, lowered, decision, rates).local()
+    entering = {name: int(name.removeprefix("x")) for name in local.fixed}
+    factored = decision.context.segmented.factored
+    return Retained(found, local, entering, exported(lowered), lambda node: factored.base(node)[0])
+
+
+def _joint(lowered: Lowered, decision: Decision, fused: bool) -> Joint | None:
+    """The joint graph of a segment, None where nothing is differentiated."""
     module = marked(lowered)
     for node in module.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
     module.recompile()
     with private.without_values():
-        run = Kernels(module, "cuda") if rates.fused else module.forward
-        traced = private.joint_graph(run, _inputs(lowered, decision), rates.fused)
-    found = None if traced is None else joint(*traced)
-    local = Local((), ()) if found is None else _Reader(found, lowered, decision, rates).local()
-    entering = {name: int(name.removeprefix("x")) for name in local.fixed}
-    factored = decision.context.segmented.factored
-    return Retained(found, local, entering, exported(lowered), lambda node: factored.base(node)[0])
+        inputs = _inputs(lowered, decision)
+        key = key_of(module, inputs, fused)
+        known = _JOINTS.get(key)
+        if known is not None:
+            return known
+        traced = private.joint_graph(Kernels(module, "cuda") if fused else module.forward, inputs, fused)
+    if traced is None:
+        return None
+    found = joint(*traced)
+    if key is not None:
+        _JOINTS[key] = found
+    return found
+
+
+def key_of(module: fx.GraphModule, inputs: list[Tensor], fused: bool) -> Hashable:
+    """What decides a joint graph, None where the module holds more than its graph tells."""
+    if any(node.op in ("get_attr", "call_module") for node in module.graph.nodes):
+        return None
+    lines = tuple((node.op, node.name, node.target, str(node.args), str(node.kwargs)) for node in module.graph.nodes)
+    return lines, tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in inputs), fused
 
 
 def _inputs(lowered: Lowered, decision: Decision) -> list[Tensor]:

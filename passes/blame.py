@@ -96,6 +96,12 @@ def check_static(graph: fx.Graph, model: nn.Module) -> None:
                                "use torch.where or a multiplication by the mask")
 
 
+def here() -> str:
+    """Where in the user's code this is called from, as ` at file:line in function`; empty where it is not."""
+    stack = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in traceback.walk_stack(None)]
+    return _where(reversed(stack))
+
+
 def _stack(node: fx.Node) -> list[Frame]:
     """The frames that made `node`, where the export has kept them."""
     found = _LINE.finditer(node.meta.get("stack_trace") or "")

@@ -20,9 +20,10 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from autopar.core.errors import AutoparError, CaptureError
-from autopar.core.told import some
 from autopar.passes.blame import blame, check_call, check_static
+from autopar.passes.casts import NARROWED, Casts, narrowed
 from autopar.passes.certain import CertainComparisons
+from autopar.passes.changes import CHANGES, check_same, notes_of, watched
 from autopar.passes.containers import make_known
 from autopar.passes.literals import CPU, META, Literals
 
@@ -139,49 +140,30 @@ def capture(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], pr
         with warnings.catch_warnings():
             # Of the list in which recurrent layers keep their parameters, which are registered all the same.
             warnings.filterwarnings("ignore", r"The tensor attributes? self\.[^\s]*_flat_weights\[")
-            changes = _look_on(module)
-            exported = _exported(module, args, kwargs)
+            module.register_forward_hook(_know_outputs)
+            with watched(twin) as changes:
+                exported = _exported(module, args, kwargs)
+            next_one = _exported(module, args, kwargs) if changes else exported
     except Exception as error:
         raise CaptureError(blame(error, model)) from error
+    check_same(changes, exported, next_one, model)
     check_static(exported.graph_module.graph, model)
-    return replace(_named(exported, module, precision, LOSS_PREFIX if loss_fn is not None else ""), returns=returns,
-                   notes=tuple(changes))
-
-
-CHANGES = "the forward changes "
-"""How notes of Python values begin that a forward changes."""
+    program = replace(_named(exported, module, precision, LOSS_PREFIX if loss_fn is not None else ""), returns=returns,
+                      notes=notes_of(changes) + narrowed(model, inputs, COMPUTE_DTYPE[precision]))
+    warn_of_changes(program)
+    return program
 
 
 def warn_of_changes(program: Program) -> None:
     """Log again what `capture` has warned of, where nobody heard it."""
     for note in program.notes:
-        if note.startswith(CHANGES):
+        if note.startswith((CHANGES, NARROWED)):
             log.warning("%s", note)
 
 
-def _look_on(module: nn.Module) -> list[str]:
-    """When `module` has run, make its outputs' types known, and warn of Python values that it has changed; returns
-    what will have been said by then."""
-    before, said = _python_values(module), list[str]()
-
-    def look(*called: Any) -> None:
-        make_known(called[-1])
-        changed = [f"{name} ({before[name]} to {value})" for name, value in _python_values(module).items()
-                   if before.get(name, value) != value]
-        if changed:
-            said.append(f"{CHANGES}{some(changed)}, no tensor but a Python value: what it computes stays as in its "
-                        "first call; hold such values in buffers")
-            log.warning("%s", said[-1])
-            before.update(_python_values(module))
-
-    module.register_forward_hook(look)
-    return said
-
-
-def _python_values(module: nn.Module) -> dict[str, Any]:
-    """What modules hold besides tensors and structure, as far as it is a number or a text."""
-    return {f"{path}.{name}".removeprefix("."): value for path, each in module.named_modules()
-            for name, value in vars(each).items() if name != "training" and isinstance(value, bool | int | float | str)}
+def _know_outputs(module: nn.Module, args: Any, outputs: Any) -> None:
+    """A hook that makes the types of what a module returns known."""
+    make_known(outputs)
 
 
 def meta_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -209,7 +191,7 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     from autopar.passes.private import lean_export  # torch's compiler comes with it, and only a trace is worth the wait
 
     def traced(*within: AbstractContextManager[Any]) -> torch.export.ExportedProgram:
-        with CertainComparisons(), ExitStack() as stack:
+        with CertainComparisons(), Casts(), ExitStack() as stack:
             for each in within:
                 stack.enter_context(each)
             return torch.export.export(module, args, kwargs, strict=False)

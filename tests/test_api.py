@@ -84,6 +84,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no samples": ({"inputs": (X[:0], Y[:0])}, "a batch of 0 samples"), "few": ({"inputs": (X,)}, "argument: 'x'"),
     "columns": ({"inputs": (X[:, :3], Y)}, "can't be exported at "),
     "numbers": ({"inputs": (3, 4)}, "can't be exported"),
+    "a list": ({"inputs": [X, Y]}, "inputs are a list of 2, needed is a tuple of positional arguments, such as (x, y)"),
+    "layout": ({"ppranks": [[0, 1]]}, "lay out 2 stages, and mode auto is asked for without pp=; give pp=2 too"),
+    "groups": ({"dpranks": [[0], [1]], "pp": 2}, "and there are no ppranks"),
     "batch of 3": ({"inputs": (X[:3], X[:3, :4]), "loss_fn": F.mse_loss, "mode": "ddp"},
                    "the batch of 3 does not divide over 2"),
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import autopar
@@ -48,6 +49,14 @@ def different_counts(world_size: int) -> None:
     compiled(world_size)(input_ids=case.inputs["input_ids"], labels=case.inputs["labels"][:4])
 
 
+def longer_on_one(world_size: int) -> None:
+    compiled(world_size)(**{name: x[:, dist.get_rank():] for name, x in gpt2().inputs.items()})
+
+
+def lazily_longer_on_one(world_size: int) -> None:
+    compiled(world_size, inputs=None)(**{name: x[:, dist.get_rank():] for name, x in gpt2().inputs.items()})
+
+
 def second_order(world_size: int) -> None:
     case = gpt2()
     compiled(world_size)(**case.inputs).loss.backward(create_graph=True)
@@ -61,11 +70,17 @@ TROUBLES: dict[str, tuple[Any, list[str]]] = {
     "wrong device": (on_meta, ["input input_ids is on meta", "this rank runs on cpu", "pass tensors on cpu"]),
     "gradients of gradients": (second_order, ["create_graph=True", "plain model"]),
     "counts": (different_counts, ["different numbers of samples", "(8, 16)", "(4, 16)"]),
+    "shapes that differ": (longer_on_one, ["of different kinds: inputs of shapes [(8, 16), (8, 16)] on rank 0, "
+                                           "[(8, 15), (8, 15)] on rank 1; pass the same"]),
+    "shapes that differ, lazily": (lazily_longer_on_one, [
+        "[(8, 16), (8, 16)] on rank 0, [(8, 15), (8, 15)] on rank 1"]),
     "plan of another model": (lambda n: compiled(n, plan=planned(n, layers=3)),
                               ["the plan is for program", "GPT2LMHeadModel", "this is", "plan again"]),
     "plan of another batch": (lambda n: compiled(n, plan=planned(n, batch=4)), ["the plan is for program", "shapes"]),
     "plan of another cluster": (lambda n: compiled(n, cluster="cpu:2", plan=planned(n)),
                                 ["the plan is for mesh", "cpu:2", "plan again"]),
+    "plan for another optimizer": (lambda n: compiled(n, plan=planned(n), optimizer="sgd"), [
+        "the plan is for optimizer adamw", "asked for is sgd", "optimizer='adamw'"]),
     "plan of more devices": (lambda n: compiled(n, plan=planned(2 * n)), ["mesh", "cpu:4", "cpu:2", "plan again"]),
     "cluster of more devices": (lambda n: compiled(n, cluster=quick(2 * n)), ["4 devices", "2 ranks are running"]),
 }

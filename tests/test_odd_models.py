@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import linecache
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -221,12 +223,19 @@ def uncast(net: Any, x: Tensor, labels: Tensor) -> Tensor:
         return scored(net, x, labels)
 
 
+def scaled_by_calls(net: Any, x: Tensor, labels: Tensor) -> Tensor:
+    net.calls = getattr(net, "calls", 0) + 1
+    return scored(net, x, labels) * net.calls
+
+
 REFUSED: dict[str, tuple[Callable[[], Odd], str]] = {
     "a hook for a gradient": (lambda: Odd(hooked("parameter"), batch(), F.cross_entropy), "hooks .*0.weight; register"),
     "a backward hook": (lambda: Odd(hooked("module"), batch(), F.cross_entropy), "backward hooks, .*: 0; remove them"),
     "parameters written to": (lambda: Odd(Net(clamped), batch()), "first.weight in place .*after the optimizer's step"),
     "words that are scaled in place": (lambda: Odd(holding(Net(words), words=nn.Embedding(10, 8, max_norm=1.0)), (
         torch.randint(0, 10, (8, 5)), batch()[1])), "words.weight in place"),
+    "counts in Python": (lambda: Odd(Net(scaled_by_calls), batch()), (
+        r"changes calls \(absent to 1\) at .*test_odd_models.py:\d+ in scaled_by_calls, .*something else with that")),
     "autocast": (lambda: Odd(Net(cast), batch()), 'autocast to torch.bfloat16 on .*precision="bf16-mixed"'),
     "scripted": (lambda: Odd(torch.jit.script(sequence(nn.Linear(8, 8))), batch(), F.cross_entropy), "is scripted"),
     "no shapes yet": (lambda: Odd(sequence(nn.LazyLinear(8)), batch(), F.cross_entropy), "no shape yet.*call it once"),
@@ -270,17 +279,21 @@ def test_a_buffer_that_is_written_in_several_places_has_one_stage() -> None:
         autopar.plan(Twice(), "cpu:8", inputs=batch(), mode="pp", pp=8, micro_batches=1, precision="fp32")
 
 
-def test_python_values_that_change_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    def stepping(net: Any, x: Tensor, labels: Tensor) -> Tensor:
-        net.calls += 1
-        return scored(net, x, labels) * net.calls
+def counting_calls(net: Any, x: Tensor, labels: Tensor) -> Tensor:
+    net.calls += 1
+    net.samples = len(x)
+    return scored(net, x, labels)
 
+
+def test_python_values_that_change_are_told(caplog: pytest.LogCaptureFixture) -> None:
     for way in (lambda model: capture(model, (batch(), {})),
                 lambda model: autopar.plan(model, "cpu:2", inputs=batch())):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "autopar"):
-            way(Net(stepping, calls=0))
-        assert caplog.text.count("changes calls (0 to 1), no tensor but a Python value") == 1
+            way(Net(counting_calls, calls=0))
+        said = re.findall(r"changes calls \(0 to 1\) at .*test_odd_models.py:(\d+) in counting_calls, no tensor",
+                          caplog.text)
+        assert [linecache.getline(__file__, int(line)).strip() for line in said] == ["net.calls += 1"]
 
 
 def evaluated(rank: int, world_size: int) -> str:

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from autopar.watch import Pulse, told_away
 from tests.paths import PYTHONPATH, ROOT
 
 pytestmark = pytest.mark.dist
@@ -36,6 +37,8 @@ def run(size: int, how: str, mode: str, started: tuple[int, ...], backend: str =
         while all(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
             time.sleep(0.1)
         first = time.monotonic()
+        if how == "stop":
+            ranks[-1].kill()
         said = [rank.communicate(timeout=max(1.0, first + MOST_SECONDS - time.monotonic()))[0] for rank in ranks]
     finally:
         for rank in ranks:
@@ -52,6 +55,25 @@ def test_the_others_are_told(size: int, how: str, mode: str) -> None:
     for code, text in zip(codes[:-1], said[:-1], strict=True):
         assert code not in (0, None) and f"rank {size - 1} of {size} is gone" in text, text
         assert size > 2 or f"RankLost: rank {size - 1} is gone" in text, text
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_told_of() -> None:
+    _, said, _ = run(4, "stop", "zero+1d", (0, 1, 2, 3))
+    assert all("rank 3 of 4 does not answer: nothing was heard of it for 40 s" in text for text in said[:-1]), said
+
+
+def test_ranks_are_silent_after_a_while_but_not_for_this_one_s_own_stop() -> None:
+    pulse = Pulse({1: 0.0, 2: 0.0}, looked=0.0)
+    pulse.heard[1] = 15.0
+    assert [pulse.silent(now) for now in (10.0, 20.0, 39.0, 41.0, 50.0)] == [[], [], [], [2], [2]]
+    assert [pulse.silent(now) for now in (500.0, 510.0, 520.0, 535.0, 541.0)] == [[], [], [], [], [1, 2]]
+
+
+@pytest.mark.parametrize(("word", "away"), [(-2, (7, "lost")), (3, (3, "lost")), (0, (0, "lost")), (-4, (0, "silent")),
+                                            (-7, (3, "silent"))])
+def test_words(word: int, away: tuple[int, str]) -> None:
+    assert told_away(7, word) == away
 
 
 @pytest.mark.parametrize(("size", "how"), [

@@ -11,6 +11,7 @@ from typing import Literal
 from autopar.arguments import read_cluster
 from autopar.console.options import Parser, writable
 from autopar.core.cluster import Cluster
+from autopar.core.errors import AutoparError
 
 DESCRIPTION = """\
 Measure the devices and links of a cluster, or print what is known of one."""
@@ -21,6 +22,9 @@ examples:
 _MEASURE = """\
 Measure with the backend that training uses, NCCL where there are GPUs and else gloo. Start it on every rank, by
 torchrun, srun or mpirun: one rank a device, at least two. It takes about a minute on four devices."""
+
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
+_ENDINGS = f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", action="store_true", help="print the file's JSON instead of text")
     show = commands.add_parser("show", help="print devices and links")
     show.add_argument("cluster", type=read_cluster, metavar="CLUSTER.JSON", help="a cluster's file, or a preset")
-    show.add_argument("--plot", type=writable, metavar="FILE.PNG", help="also draw the links and collectives")
+    show.add_argument("--plot", type=_picture, metavar="FILE.PNG",
+                      help=f"also draw the links and collectives, which ends in {_ENDINGS}")
     show.add_argument("--json", action="store_true", help="print the file's JSON instead of text")
     return parser
+
+
+def _picture(text: str) -> Path:
+    """The path of a picture to write. Raises AutoparError."""
+    path = writable(text)
+    if path.suffix.lower() not in ("", *PICTURES):
+        raise AutoparError(f"cannot draw to {path}, needed is a name that ends in {_ENDINGS}, such as links.png")
+    return path

@@ -18,13 +18,13 @@ from autopar.core.cluster import Cluster
 from autopar.explanation import explain
 from autopar.launch import local_cluster
 from autopar.models.registry import build
-from autopar.passes.capture import Precision, capture
+from autopar.passes.capture import BatchNorm, Head, Precision, capture
 from autopar.passes.decision import Context
 from autopar.passes.lookups import checked
 from autopar.passes.notation import op_called
 from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
-from autopar.planner import Report, Request, check_shapes, prepare, solve
+from autopar.planner import Report, Request, check_shapes, prepare, solve, stages_of
 
 MOST_PROCESSES = 8
 """Local processes that are planned for where there is no GPU: more share a machine's memory too thinly."""
@@ -33,17 +33,17 @@ MOST_PROCESSES = 8
 def answer(options: Options, progress: Progress, start: float) -> str:
     """The plan as text to print; `start` is when the command started, of `time.perf_counter`. Raises AutoparError."""
     cluster = options.cluster or this_machine()
-    stages, mesh, parts = read_counts((options.pp, options.dp, options.tp, options.micro_batches), options.mesh)
+    pp, mesh, parts = read_counts((options.pp, options.dp, options.tp, options.micro_batches), options.mesh)
     layout = read_layout(options.ppranks, options.dpranks)
     request = Request(options.model, options.mode, mesh, options.optimizer, options.memory_budget, options.solver,
-                      options.pins, stages=stages or (layout.stages if layout else None), micro_batches=parts,
-                      layout=layout)
+                      options.pins, stages=stages_of(pp, layout, options.mode), micro_batches=parts, layout=layout)
     check_shapes(request, cluster)  # before anything is built
     progress.doing(f"building {options.model}; importing transformers takes seconds, where it is needed")
     built = build(options.model, options.batch, options.seq)
     progress.doing(f"tracing {options.model}")
     with hushed(options.verbose):
         program = capture(built.model, built.call, cast(Precision, options.precision), built.loss_fn)
+    program = replace(program, head=cast(Head, options.head), batch_norm=cast(BatchNorm, options.batch_norm))
     progress.doing("working out how each operation can be cut")
     context = checked(prepare(program, cluster))
     if options.explain is not None:

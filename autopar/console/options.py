@@ -22,6 +22,8 @@ MODES = ("auto", "ddp", "zero1", "zero2", "zero3", "1d", "sequence", "zero+1d", 
 OPTIMIZERS = ("adamw", "adam", "sgd", "momentum")
 PRECISIONS = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
 SOLVERS = ("cbc", "highs")
+HEADS = ("auto", "plain", "chunked")
+BATCH_NORMS = ("whole", "micro-batch")
 
 Ranks = tuple[tuple[int, ...], ...]
 MOST_COUNTED = 10**9
@@ -64,6 +66,8 @@ class Options:
     timeline: Path | None = None
     ppranks: Ranks | None = None
     dpranks: Ranks | None = None
+    head: str = "auto"
+    batch_norm: str = "whole"
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,9 +126,15 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tp", type=_count, metavar="N", help="with --dp in place of --mesh: parts of parameters")
     group.add_argument("--micro-batches", type=_count, metavar="N",
                        help="micro-batches of a pipeline's step (default: the best number)")
+    group.add_argument("--head", choices=HEADS, default="auto", metavar="H",
+                       help=f"a linear layer and its cross entropy in chunks of rows, so that there are never all "
+                            f"logits: {_choices(HEADS)}; auto is where that is predicted to be quicker")
+    group.add_argument("--batch-norm", choices=BATCH_NORMS, default="whole", metavar="B",
+                       help=f"what batch norm takes its statistics of: {_choices(BATCH_NORMS)}; with whole a pipeline "
+                            "runs a model that has some in one micro-batch")
     group.add_argument("--ppranks", type=_ranks, metavar="LISTS",
-                       help="a layout by hand: the devices of each pipeline, stage by stage, such as [[0,1],[2,3]]; it "
-                            "is priced beside the solver's (default: the solver's)")
+                       help="with --pp, a layout by hand: the devices of each pipeline, stage by stage, such as "
+                            "[[0,1],[2,3]]; it is priced beside the solver's (default: the solver's)")
     group.add_argument("--dpranks", type=_ranks, metavar="LISTS",
                        help="with --ppranks: the devices that hold the same stage, such as [[0,2],[1,3]] (default: as "
                             "--ppranks tell)")
@@ -144,8 +154,10 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
                        help="also draw a step as it is predicted, a row a device, to this .html or .png (default: not "
                             "drawn)")
     group.add_argument("--json", action="store_true",
-                       help="print one JSON object instead of text, with the step of every mode")
-    group.add_argument("--modes", action="store_true", help="also solve every other mode and print its step")
+                       help="print the plan as one JSON object instead of text, and in it what --modes finds")
+    group.add_argument("--modes", action="store_true",
+                       help="also plan in each of the other modes, and print what a step takes in it, or why there is "
+                            "none")
     group.add_argument("--explain", metavar="OP",
                        help="also print what the step would take with this op, by its name in the plan, cut otherwise")
     group.add_argument("--verbose", action="store_true",

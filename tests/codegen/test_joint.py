@@ -46,6 +46,15 @@ def test_what_is_kept_is_what_is_needed_of_it(fused: bool, kept: set[str], saved
     assert names(traced(fused), kept) == saved
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_cut_leaves_the_joint_graph_as_it_is_and_says_nothing() -> None:
+    graph = traced().module
+    before = [(node.name, node.target) for node in graph.graph.nodes]
+    forward, _ = private.cut_by_compiler(graph, 1)
+    assert len(forward.graph.find_nodes(op="placeholder")) == len(SHAPES)
+    assert [(node.name, node.target) for node in graph.graph.nodes] == before
+
+
 def test_marks_are_gone() -> None:
     assert not traced().module.graph.find_nodes(op="call_function", target=MARK)
 

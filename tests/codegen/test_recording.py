@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from autopar.core.errors import AutoparError
 from autopar.material import read_material
@@ -43,11 +46,11 @@ FIXED = {"scale": torch.tensor([11.0, 2.0]), "steps": torch.arange(6.0).reshape(
 
 def values(model: nn.Module, seed: int) -> dict[str, Tensor]:
     found = {}
-    for name, parameter in model.named_parameters():
-        record = recorded(parameter)
-        assert parameter.is_meta and record is not None, name
-        found[name] = record.value(parameter, seed)
-        assert found[name].shape == parameter.shape and found[name].dtype == parameter.dtype
+    for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if b.is_meta)):
+        record = recorded(tensor)
+        assert tensor.is_meta and record is not None, name
+        found[name] = record.value(tensor, seed)
+        assert found[name].shape == tensor.shape and found[name].dtype == tensor.dtype
     return found
 
 
@@ -109,17 +112,17 @@ def converted() -> nn.Module:
     return model.to(torch.bfloat16)
 
 
-def with_meta_buffer() -> nn.Module:
+def with_lost_buffer() -> nn.Module:
     with empty():
         model = nn.Linear(2, 2)
-        model.register_buffer("shadow", model.weight.detach() * 2)
+    model.register_buffer("shadow", model.weight.detach() * 2)
     return model
 
 
 @pytest.mark.parametrize(("build", "init", "said"), [
     (outside, "model", "how the model initialises weight and 1 more was not recorded"),
-    (converted, "model", "convert or copy"), (with_meta_buffer, "model", "buffers of the model are on meta"),
-    (with_meta_buffer, "model", "shadow"), (outside, None, "on meta, without values: weight and 1 more"),
+    (converted, "model", "convert or copy"), (with_lost_buffer, "model", "initialises shadow was not recorded"),
+    (outside, None, "on meta, without values: weight and 1 more"),
     (outside, 3, "init is 3, of type int"), (outside, "", "init is ''"),
     (outside, "no/such", "no/such is no file and no folder"),
 ])
@@ -127,3 +130,30 @@ def test_what_has_no_values_is_refused(build: Callable[[], nn.Module], init: obj
     with pytest.raises(AutoparError, match=said) as error:
         read_material(init, build())
     assert "\n" not in str(error.value)
+
+
+def test_buffers_made_of_parameters_are_made_with_them() -> None:
+    with empty():
+        model = parametrizations.spectral_norm(nn.Linear(6, 4), n_power_iterations=100)
+    found = values(model, 1)
+    left = torch.linalg.svd(found["parametrizations.weight.original"])[0][:, 0]
+    assert found["parametrizations.weight.0._u"].dot(left).abs() == pytest.approx(1, abs=1e-3)
+
+
+def test_buffers_that_are_not_saved_want_values(tmp_path: Path) -> None:
+    with empty():
+        model = nn.Linear(2, 2)
+        model.register_buffer("shadow", model.weight.detach() * 2, persistent=False)
+    save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert torch.equal(values(model, 0)["shadow"], 2 * values(model, 0)["weight"])
+    with pytest.raises(AutoparError, match="no values for them, as they are not saved: shadow; build"):
+        read_material(tmp_path, model)
+
+
+def test_a_constructor_that_looks_at_values_is_refused() -> None:
+    with empty(), pytest.raises(AutoparError, match=r"looks at the values of a tensor at .*test_recording\.py:\d+ in"):
+        parametrizations.orthogonal(nn.Linear(4, 4))
+    whole = parametrizations.orthogonal(nn.Linear(4, 4))
+    with empty():
+        model = nn.Sequential(whole, nn.Linear(4, 4))
+    assert read_material("model", model).records.keys() == {"1.weight", "1.bias"}  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -12,7 +13,7 @@ from autopar.console.options import Options, parse_options
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.models.catalog import DEFAULT_BATCH, MODELS
-from autopar.passes.capture import COMPUTE_DTYPE
+from autopar.passes.capture import COMPUTE_DTYPE, BatchNorm, Head
 from autopar.passes.costs import OPTIMIZERS
 from autopar.passes.modes import MODES
 from autopar.solver.model import SOLVERS
@@ -20,7 +21,7 @@ from autopar.solver.model import SOLVERS
 
 @pytest.mark.parametrize(("mine", "behind"), [
     (options.MODES, MODES), (options.OPTIMIZERS, OPTIMIZERS), (options.PRECISIONS, COMPUTE_DTYPE),
-    (options.SOLVERS, SOLVERS),
+    (options.SOLVERS, SOLVERS), (options.HEADS, get_args(Head)), (options.BATCH_NORMS, get_args(BatchNorm)),
 ])
 def test_tables_are_those_of_the_layers_behind(mine: tuple[str, ...], behind: object) -> None:
     assert set(mine) == set(behind)  # type: ignore[call-overload]
@@ -35,10 +36,11 @@ def test_everything_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     Path("a").mkdir()
     given = ("--model m.py:f --batch 64 --seq 1024 --precision fp32 --optimizer sgd --cluster 2x4xH100 "
-             "--memory-budget 20GiB --mode 1d --mesh 4x2 --solver highs --out a/plan.json --json --verbose")
+             "--memory-budget 20GiB --mode 1d --mesh 4x2 --solver highs --out a/plan.json --json --verbose "
+             "--head chunked --batch-norm micro-batch")
     assert parse_options(given.split()) == Options(
         "m.py:f", 64, 1024, "fp32", "sgd", Cluster.preset("2x4xH100"), 20 * 2**30, "1d", (4, 2), "highs",
-        Path("a/plan.json"), True, True)
+        Path("a/plan.json"), True, True, head="chunked", batch_norm="micro-batch")
 
 
 @pytest.mark.parametrize(("given", "said"), [
@@ -69,7 +71,7 @@ def test_help_states_models_defaults_and_examples(capsys: pytest.CaptureFixture[
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     assert all(name in text for name in MODELS)
-    assert text.count("(default: ") == 16  # of every option but --model and the two switches
+    assert text.count("(default: ") == 18  # of every option but --model and the two switches
     assert f"(default: {DEFAULT_BATCH}, or" in text and "(default: bf16-mixed)" in text and "less 8 %)" in text
     assert "autopar-solve --model gpt2 --cluster 8xA100-80GB --batch 64 --seq 1024" in text
 
