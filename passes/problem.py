@@ -181,10 +181,17 @@ class _Builder:
         self._add_node(key, factored.program.sources[node.name].name, choices, count)
 
     def _apart(self, states: tuple[int | str, ...]) -> bool:
-        """Whether an op or a parameter is whole along each axis of one device: cut there it would be the same."""
+        """Whether an op or a parameter is whole along each axis of one device: cut there it would be the same.
+
+        Not so with batch norm: whole it updates its statistics in place, which what a plan keeps does not survive.
+        """
         mesh, mode = self.setting.mesh, self.setting.mode
-        return all(size > 1 or state == "R" or axis.batch_always or "R" not in axis.storage
+        return self._normalizes_batches or all(size > 1 or state == "R" or axis.batch_always or "R" not in axis.storage
                    for state, size, axis in zip(states, mesh.shape, mode.on(mesh.shape), strict=True))
+
+    @cached_property
+    def _normalizes_batches(self) -> bool:
+        return any(op.main.target is torch.ops.aten.batch_norm.default for op in self.context.segmented.ops)
 
     def _flows(self, arrival: Arrival, together: Together) -> Iterator[tuple[Flow, Ends]]:
         """A value that ops make is one flow, a parameter one of what may hide behind compute and one of what may not.
