@@ -175,9 +175,10 @@ def saved_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> 
     return found
 
 
-def retained_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> list[Retained]:
-    """What the backward of each call needs."""
-    device, fused = setting.device, fuses(setting)
+def retained_by(executable: Executable, setting: Setting, tallies: list[Tally],
+                fused: bool | None = None) -> list[Retained]:
+    """What the backward of each call needs, where ops are `fused` or not; None: as is the default on the devices."""
+    device, fused = setting.device, fuses(setting) if fused is None else fused
     cache: dict[int, Retained] = {}
     for call, tally in zip(executable.calls, tallies, strict=True):
         if id(call.lowered) not in cache:

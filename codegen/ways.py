@@ -7,11 +7,12 @@ the plan or, where that has none, by whoever runs the segment.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from autopar.codegen.arrivals import arrivals
-from autopar.codegen.executable import Call, Executable
+from autopar.codegen.executable import Executable
 from autopar.codegen.footprint import Footprint, Kernels, footprint
 from autopar.codegen.partitioned import Parts, compiled_footprint, interpreted_footprint
 from autopar.codegen.private import cut_by_compiler, cut_joint
@@ -30,17 +31,26 @@ class Ways:
     """The calls of an executable on meta, where they run compiled (`fused`) or op by op."""
 
     executable: Executable
-    tallies: list[Tally]
-    retained: list[Retained]
+    setting: Setting
     fused: bool
-    state_bytes: float
     _known: dict[tuple[int, Kept], Footprint] = field(default_factory=dict)
+
+    @cached_property
+    def tallies(self) -> list[Tally]:
+        """What each call comes to."""
+        return tally_calls(self.executable, self.setting)
+
+    @cached_property
+    def retained(self) -> list[Retained]:
+        """What the backward of each call needs."""
+        return retained_by(self.executable, self.setting, self.tallies, self.fused)
 
     def footprint(self, place: int, kept: Kept) -> Footprint:
         """Bytes of a call that keeps what is called so."""
         key = id(self.executable.calls[place].lowered), kept
         if key not in self._known:
-            self._known[key] = self._cut(self.executable.calls[place], self.retained[place], kept)
+            plain = kept is None and not self.fused
+            self._known[key] = self._op_by_op(place) if plain else self._cut(place, kept)
         return self._known[key]
 
     def footprints(self, kept: dict[str, tuple[str, ...]]) -> tuple[Footprint, ...]:
@@ -50,27 +60,33 @@ class Ways:
 
     def course(self) -> Course:
         """What there is whatever calls keep."""
-        return Course(self.executable, tuple(each.results_bytes for each in self.footprints({})), self.state_bytes)
+        return Course(self.executable, tuple(each.results_bytes for each in self.footprints({})),
+                      self.setting.optimizer.state_bytes)
 
-    def _cut(self, call: Call, retained: Retained, kept: Kept) -> Footprint:
-        found, kind = retained.joint, "cuda" if self.fused else "cpu"
-        if found is None or (kept is None and not self.fused):
-            given = arrivals(call.lowered, self.executable.decision, self.executable.target.inputs)
-            run = Kernels(call.lowered.module, kind)
-            return footprint(run, given, 1 + call.lowered.host_seeded, grain=GRAIN.get(kind, 1))
+    def _op_by_op(self, place: int) -> Footprint:
+        """Bytes of a call that keeps what autograd does."""
+        call, kind = self.executable.calls[place], "cuda" if self.fused else "cpu"
+        given = arrivals(call.lowered, self.executable.decision, self.executable.target.inputs)
+        run = Kernels(call.lowered.module, kind)
+        return footprint(run, given, 1 + call.lowered.host_seeded, grain=GRAIN.get(kind, 1))
+
+    def _cut(self, place: int, kept: Kept) -> Footprint:
+        call, found, kind = self.executable.calls[place], self.retained[place].joint, "cuda" if self.fused else "cpu"
+        if found is None:
+            return self._op_by_op(place)
         if kept is None:
             parts = cut_by_compiler(found.module, found.outputs)
         else:
             parts = cut_joint(found.module, found.saved(frozenset(kept)), found.outputs)
-        made = Parts(*parts, found.outputs, len(call.segment.externals) + 1 + call.lowered.host_seeded)
+        results = len(call.exports)
+        made = Parts(*parts, results, len(call.segment.externals) + 1 + call.lowered.host_seeded,
+                     found.outputs - results)
         return (compiled_footprint if self.fused else interpreted_footprint)(made, GRAIN.get(kind, 1))
 
 
-def ways_of(executable: Executable, setting: Setting) -> Ways:
-    """The ways to run a lowered program in a setting."""
-    tallies = tally_calls(executable, setting)
-    return Ways(executable, tallies, retained_by(executable, setting, tallies), fuses(setting),
-                setting.optimizer.state_bytes)
+def ways_of(executable: Executable, setting: Setting, fused: bool | None = None) -> Ways:
+    """The ways to run a lowered program in a setting, `fused` or not; None: as is the default on the devices there."""
+    return Ways(executable, setting, fuses(setting) if fused is None else fused)
 
 
 def memory_of(ways: Ways, kept: dict[str, tuple[str, ...]], around: float | None) -> Memory:
