@@ -413,11 +413,26 @@ def _plan(found: Found, request: Request, spent: float) -> Plan:
         request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
         program.precision, request.optimizer, status_of(gap), gap,
         Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed, priced.optimizer),
-        Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient,
-              memory.around), planned_ops(decision), planned_parameters(decision), attention_told(program),
+        bytes_told(memory), planned_ops(decision), planned_parameters(decision), attention_told(program),
         fallback_ops(ctx), len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision), request.observed,
         checkpoints=planned_checkpoints(executable, setting), segments=tuple(map(planned_segment, items)))
+
+
+def bytes_told(memory: Memory) -> Bytes:
+    """Bytes as a plan has them."""
+    return Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient,
+                 memory.around, memory.moment)
+
+
+def moment_by_moment(plan: Plan, ctx: Context, cluster: Cluster) -> Plan:
+    """The plan with its bytes told from the code that runs, where they are the rough sums of what ops make and it has
+    no stages. `ctx` is the program that it was made for."""
+    if plan.stages or plan.memory.around is not None or not ctx.segmented.factored.program.training:
+        return plan
+    setting, decision = setting_of(plan, cluster), decision_of(plan, ctx)
+    memory = memory_of(ways_of(lowered(decision, setting), setting), decision.kept, surrounding_bytes(setting))
+    return replace(plan, memory=bytes_told(memory))
 
 
 def planned_segment(item: Item) -> PlannedSegment:

@@ -2,16 +2,16 @@
 
     torchrun --standalone --nproc-per-node 2 benchmarks/peaks.py gpt2:ddp bert:zero3 llama:1d --compiler eager
 
-Claim: a rank's peak is known before its step runs, hardly ever under what is measured. Each job is a small model and a
+Claim: a rank's peak is known before its step runs, hardly ever under what is measured. A job is a small model and a
 mode, `gpt2:zero3`, or `gpt2:zero3:0.5` within a budget half way between the least one and what is held without. Measured
 is all that is alive when a step begins, and from then on what torch's profiler tells of the CPU's allocator. The
-segments run as they are or compiled by Inductor. A row is of the rank that holds most.
+segments run as they are or compiled by Inductor. `by ops` is what ops make, without what kernels allocate inside of
+themselves. A row is of the rank that holds most.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 from typing import Any
 
@@ -26,9 +26,12 @@ from autopar.codegen.live import Live
 from autopar.codegen.private import allocations, is_fake, storage_key
 from autopar.codegen.ways import memory_of, ways_of
 from autopar.core.errors import Infeasible
+from autopar.plan import KINDS
 from autopar.planner import setting_of
 
 MIB = 2.0**20
+HEAD = ("| job | batch | ranks | measured MiB | by ops | predicted | error | fullest moment |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |")
 WARMUP = 3
 VOCAB, WIDTH, LAYERS, LENGTH, HEADS = 1024, 128, 4, 128, 4
 _TEXT = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "vocab_size": VOCAB,
@@ -90,7 +93,7 @@ def measured(model: Any, batch: dict[str, Tensor], compiler: str) -> tuple[int, 
         return before + most, 0, before
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     with Live("cpu") as live:
-        live.hold([*model.parameters(), *states])
+        live.hold([*model.parameters(), *states, *batch.values()])
         others = before - live.bytes
         step()
     return before + most, others + live.peak, before
@@ -111,14 +114,19 @@ def run(job: str, arguments: argparse.Namespace) -> None:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, tuple(nbytes - started for nbytes in seen))
     if dist.get_rank() == 0:
-        setting, decision = setting_of(made.plan, cluster), made._decision
-        ways = ways_of(lowered(decision, setting), setting, arguments.compiler != "eager")
-        memory = memory_of(ways, decision.kept, 0.0)
-        worst, by_op, before = max(every)
-        parts = ", ".join(f"{kind} {value / MIB:.2f}" for kind, value in dataclasses.asdict(memory).items() if value)
-        print(f"| {job} | {arguments.batch} | {len(every)} | {worst / MIB:.2f} | {by_op / MIB:.2f} | {memory.total / MIB:.2f} | "
-              f"{memory.total / worst - 1:+.1%} | rests {before / MIB:.2f} of {ways.course().rest / MIB:.2f}, {parts} |",
-              flush=True)
+        print(row(job, made, cluster, arguments, max(every)), flush=True)
+
+
+def row(job: str, made: Any, cluster: Any, arguments: argparse.Namespace, seen: tuple[int, int, int]) -> str:
+    """What was seen beside what is predicted."""
+    worst, by_op, _ = seen
+    setting, decision = setting_of(made.plan, cluster), made._decision
+    ways = ways_of(lowered(decision, setting), setting, arguments.compiler != "eager")
+    told = memory_of(ways, decision.kept, 0.0)
+    parts = ", ".join(f"{kind} {getattr(told, kind) / MIB:.2f}" for kind in KINDS)
+    figures = (job, arguments.batch, dist.get_world_size(), f"{worst / MIB:.2f}", f"{by_op / MIB:.2f}",
+               f"{told.total / MIB:.2f}", f"{told.total / worst - 1:+.1%}", f"{told.moment}: {parts}")
+    return f"| {' | '.join(map(str, figures))} |"
 
 
 def budget_of(model: Any, cluster: Any, asked: dict[str, Any], part: float) -> float:
@@ -146,7 +154,7 @@ if __name__ == "__main__":
     arguments = parsed()
     autopar.init()
     if dist.get_rank() == 0:
-        print("| job | batch | ranks | measured MiB | by ops | predicted | error | |\n| --- | --- | --- | --- | --- | --- | --- | --- |")
+        print(HEAD)
     for each in arguments.jobs:
         run(each, arguments)
         gc.collect()

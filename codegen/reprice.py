@@ -40,7 +40,8 @@ META = torch.device("meta")
 class Memory:
     """Bytes a device holds at the fullest moment of the step, by kind; `transient` is there for one segment's run.
 
-    `around` is what is no tensor's, None where bytes are the rough sums of what ops make.
+    `around` is what is no tensor's, None where bytes are the rough sums of what ops make; `moment` names the moment
+    where they are not.
     """
 
     parameters: float
@@ -49,6 +50,7 @@ class Memory:
     activations: float
     transient: float
     around: float | None = None
+    moment: str = ""
 
     @property
     def total(self) -> float:

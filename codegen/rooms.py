@@ -3,7 +3,7 @@
     attention's backward on GPUs   the queries' gradient in fp32, its rows and columns rounded up to tiles, and a number
                                    a row, as FlashAttention-2 has them (Dao, 2023)
     a head in chunks               a chunk of logits, the weight filled up to the classes that go together on a GPU, and
-                                   where no kernel is written for them the chunk's rows in fp32, twice
+                                   where no kernel is written for them the chunk's rows in fp32, twice if cast
 
 Workspaces of convolutions and of matrix products are not told: libraries choose them as they run.
 """
@@ -43,8 +43,9 @@ def _head(args: Sequence[Any], fused: bool) -> float:
     hidden, weight, rows = args[0], args[1], min(args[5], len(args[0]))
     classes = classes_worked_on(len(weight)) if fused else len(weight)
     filled = 0 if classes == len(weight) else classes * weight.shape[1] * weight.element_size()
-    narrow = hidden.element_size() < WIDE and not fused
-    return float(rows * classes * (hidden.element_size() + 2 * WIDE * narrow) + filled)
+    narrow = hidden.element_size() < WIDE
+    beside = 0 if fused else max(WIDE, hidden.element_size()) * (1 + narrow)
+    return float(rows * classes * (hidden.element_size() + beside) + filled)
 
 
 ROOMS: dict[str, Room] = {

@@ -13,7 +13,7 @@ import numpy as np
 
 from autopar.codegen.arrivals import arrivals
 from autopar.codegen.executable import Executable
-from autopar.codegen.footprint import Footprint, Kernels, footprint
+from autopar.codegen.footprint import Footprint, Kernels, by_autograd, by_tape, footprint
 from autopar.codegen.partitioned import Parts, compiled_footprint, interpreted_footprint
 from autopar.codegen.private import cut_by_compiler, cut_joint
 from autopar.codegen.reprice import Memory, Tally, retained_by, tally_calls
@@ -22,6 +22,9 @@ from autopar.codegen.step_bytes import GRAIN, MOMENTS, Course, Moment
 from autopar.passes.problem import Setting
 
 BACKWARD: frozenset[Moment] = frozenset(("backward", "gathered again", "sent"))
+TOLD: dict[Moment, str] = {"forward": "forward of {}", "gathered": "gathering for {}", "backward": "backward of {}",
+                           "gathered again": "gathering for the backward of {}", "sent": "sending of gradients of {}"}
+"""What moments of a segment are called where a plan tells them."""
 Kept = tuple[str, ...] | None
 """Names as `codegen.marks` gives them; None where a plan leaves it to whoever runs the segment."""
 
@@ -44,6 +47,11 @@ class Ways:
     def retained(self) -> list[Retained]:
         """What the backward of each call needs."""
         return retained_by(self.executable, self.setting, self.tallies, self.fused)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether one rank runs all, whose backward is autograd's own."""
+        return self.setting.mesh.size == 1 and self.setting.stages == 1
 
     def footprint(self, place: int, kept: Kept) -> Footprint:
         """Bytes of a call that keeps what is called so."""
@@ -68,7 +76,8 @@ class Ways:
         call, kind = self.executable.calls[place], "cuda" if self.fused else "cpu"
         given = arrivals(call.lowered, self.executable.decision, self.executable.target.inputs)
         run = Kernels(call.lowered.module, kind)
-        return footprint(run, given, 1 + call.lowered.host_seeded, grain=GRAIN.get(kind, 1))
+        backward = by_autograd if self._alone else by_tape
+        return footprint(run, given, 1 + call.lowered.host_seeded, grain=GRAIN.get(kind, 1), backward=backward)
 
     def _cut(self, place: int, kept: Kept) -> Footprint:
         call, found, kind = self.executable.calls[place], self.retained[place].joint, "cuda" if self.fused else "cpu"
@@ -80,7 +89,7 @@ class Ways:
             parts = cut_joint(found.module, found.saved(frozenset(kept)), found.outputs)
         results = len(call.exports)
         made = Parts(*parts, results, len(call.segment.externals) + 1 + call.lowered.host_seeded,
-                     found.outputs - results)
+                     found.outputs - results, self._alone)
         return (compiled_footprint if self.fused else interpreted_footprint)(made, GRAIN.get(kind, 1))
 
 
@@ -97,9 +106,10 @@ def memory_of(ways: Ways, kept: dict[str, tuple[str, ...]], around: float | None
     parameters, state = sum(h.parameter for h in held), sum(h.state for h in held)
     gradients = sum(h.gradient for h in held)
     if not moments.size or course.update >= moments.max():
-        return Memory(parameters, gradients, state, course.rest - parameters - state, 0.0, around)
+        return Memory(parameters, gradients, state, course.rest - parameters - state, 0.0, around, "optimizer's step")
     k, place = np.unravel_index(int(moments.argmax()), moments.shape)
     due = float(course.gradients[place]) if MOMENTS[k] in BACKWARD else 0.0
     activations = course.rest - parameters - state + float(course.values[place] + saved[place])
     known = parameters + due + state + activations
-    return Memory(parameters, due, state, activations, float(moments[k, place]) - known, around)
+    return Memory(parameters, due, state, activations, float(moments[k, place]) - known, around,
+                  TOLD[MOMENTS[k]].format(ways.executable.calls[place].segment.name))
