@@ -630,15 +630,29 @@ def verify(plan: Plan, program: Program | Context, cluster: ClusterLike) -> tupl
     Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
     """
     ctx, place = origin_of(plan, program, cluster)
+    seconds, nbytes = _recomputed(plan, ctx, setting_of(plan, place))
+    _check_claims(plan, ctx, seconds, nbytes)
+    return seconds, nbytes
+
+
+def check_kept(plan: Plan, ctx: Context, cluster: Cluster) -> None:
+    """Raises AutoparError as `verify` does, but takes bytes that were told moment by moment as they are: what runs
+    would have to be traced for them."""
+    if plan.stages or plan.memory.around is None:
+        verify(plan, ctx, cluster)
+        return
+    ctx, place = origin_of(plan, ctx, cluster)
     setting = setting_of(plan, place)
-    seconds, nbytes = _recomputed(plan, ctx, setting)
+    _check_claims(plan, ctx, price_lowered(decision_of(plan, ctx), setting)[0].seconds, plan.memory.total)
+
+
+def _check_claims(plan: Plan, ctx: Context, seconds: float, nbytes: float) -> None:
     claims = (("seconds", plan.seconds.step, seconds), ("bytes", plan.memory.total, nbytes),
               ("FLOP", plan.workload.flop, workload_of(ctx).flop))
     for what, claimed, found in claims:
         if abs(claimed - found) > AGREEMENT * abs(found):
             raise AutoparError(f"the plan claims {claimed:.9g} {what}, its lowered program comes to {found:.9g}; it "
                                "was edited or made by another version: plan again")
-    return seconds, nbytes
 
 
 def _recomputed(plan: Plan, ctx: Context, setting: Setting) -> tuple[float, float]:

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/peaks.py gpt2:ddp bert:zero3 llama:1d --compiler eager
 
 Claim: a rank's peak is known before its step runs, hardly ever under what is measured. A job is a small model and a
-mode, `gpt2:zero3`, or `gpt2:zero3:0.5` within a budget half way between the least one and what is held without. Measured
+mode, `gpt2:zero3`, or `gpt2:zero3:0.5` within a budget half way from the least one to what is held without. Measured
 is all that is alive when a step begins, and from then on what torch's profiler tells of the CPU's allocator. The
 segments run as they are or compiled by Inductor. `by ops` is what ops make, without what kernels allocate inside of
 themselves. A row is of the rank that holds most.

@@ -66,7 +66,7 @@ def room(node: fx.Node, fused: bool) -> int:
     if name not in ROOMS:
         return 0
     args = fx.map_arg(node.args, lambda n: n.meta["val"])
-    return int(room_of(name, args, fused))  # type: ignore[arg-type]
+    return int(room_of(name, args, fused))
 
 
 @dataclass(eq=False)

@@ -29,6 +29,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -347,7 +348,9 @@ def _decompositions() -> Any:
 def cut_by_compiler(joint: fx.GraphModule, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The forward and the backward as Inductor cuts a joint graph, which is left as it is."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    copied = fx.GraphModule(joint, copy.deepcopy(joint.graph))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 2.13 warns of a class of its own
+        copied = fx.GraphModule(joint, copy.deepcopy(joint.graph))
     found: tuple[fx.GraphModule, fx.GraphModule] = min_cut_rematerialization_partition(
         copied, None, compiler="inductor", num_fwd_outputs=outputs)
     return found
