@@ -116,15 +116,15 @@ def compile(model: nn.Module, cluster: ClusterLike | None = None, *, inputs: Inp
     target is the last positional argument of a call. `returns="all"` keeps outputs besides the loss, as DTensors that
     lie as the plan leaves them; with a `loss_fn` the model then returns (loss, output). A `plan`, or the path of one
     that rank 0 can read, skips solving. `compiler` is "inductor", which compiles each class of equal segments once, in
-    the first step, "inductor-graphs", which on GPUs records the third step too and replays it as a CUDA graph from then
-    on, or "eager", which runs segments as they are, for debugging; the default is "inductor" on GPUs that Triton knows
-    and "eager" on CPUs, where Inductor takes a minute for what eager code trains in. `init` gives a model that was
-    built under `autopar.empty()` its values: the path of a checkpoint that all ranks see (safetensors, a folder of
-    them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With `exact_dropout` all dropout
-    draws the same mask under every plan; without it, the default on GPUs, that inside of attention is left to the fused
-    kernel, which is faster and draws another on each rank. `costs` is what computing is taken to last: "roofline" goes
-    by the cluster's figures, "measured" compiles and runs each segment that a plan would run and plans again with that.
-    All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
+    the first step, and on GPUs without a `memory_budget` records the third step and replays it as a CUDA graph from
+    then on, "inductor-no-cudagraphs", or "eager", which runs segments as they are, for debugging; the default is
+    "inductor" on GPUs that Triton knows and "eager" on CPUs, where Inductor takes a minute for what eager code trains
+    in. `init` gives a model that was built under `autopar.empty()` its values: the path of a checkpoint that all ranks
+    see (safetensors, a folder of them, or one of `autopar.save_checkpoint`), or "model", its own initialisation. With
+    `exact_dropout` all dropout draws the same mask under every plan; without it, the default on GPUs, that inside of
+    attention is left to the fused kernel, which is faster and draws another on each rank. `costs` is what computing is
+    taken to last: "roofline" goes by the cluster's figures, "measured" compiles and runs each segment that a plan would
+    run and plans again with that. All else is as in `autopar.plan`. Raises AutoparError on every rank alike.
     """
     def asked() -> tuple[Request, Call | None, Material]:
         if batch is not None:

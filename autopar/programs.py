@@ -22,11 +22,13 @@ from autopar.codegen.compiled import BY_STAGE, COMPILERS, RECORDS, Compiler
 from autopar.codegen.control import all_equal
 from autopar.codegen.draws import Samples
 from autopar.codegen.executable import Executable, build
+from autopar.codegen.holding import Site
 from autopar.codegen.lower import Target
 from autopar.codegen.offers import grown_to
 from autopar.codegen.parameters import device_mesh
 from autopar.codegen.ranks import check_alike, on_rank_zero, together
-from autopar.codegen.runtime import ParallelModule, Site
+from autopar.codegen.replay import Launches
+from autopar.codegen.runtime import ParallelModule
 from autopar.codegen.site import Draws
 from autopar.codegen.staging import Layout, Staging, device_mesh_of, every_stage, holding_of, line_of
 from autopar.core.cluster import Cluster
@@ -88,6 +90,11 @@ class Order:
     costs: Costs = "roofline"
     batch_norm: BatchNorm = "whole"
 
+    @property
+    def launches(self) -> Launches:
+        """How steps are launched: a budget of bytes has no room for what recorded ones keep for themselves."""
+        return RECORDS[self.compiler] if self.request.memory_budget is None else "each"
+
 
 def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
     """Capture on every rank, plan on rank 0, lower and shard on every rank. Raises AutoparError on all of them."""
@@ -97,7 +104,7 @@ def compiled(model: nn.Module, call: Call, order: Order) -> ParallelModule:
         module = _pipelined(model, made, ctx, programs, order)
     else:
         mesh = Mesh(made.mesh)
-        site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device(), RECORDS[order.compiler])
+        site = Site(connect(mesh), device_mesh(mesh, launch.device().type), launch.device(), order.launches)
         decision = decision_of(made, ctx)
         programs.settle(decision, site.communicator)
         plans = _plans(programs, ctx, mesh, decision, form_of(model, order.loss_fn))

@@ -32,7 +32,7 @@ from autopar.core.errors import AutoparError
 log = logging.getLogger("autopar")
 Meet = Callable[[Callable[[], None]], None]
 """Runs what may raise, on all ranks that compile the same."""
-Compiler = Literal["inductor", "inductor-graphs", "eager"]
+Compiler = Literal["inductor", "inductor-no-cudagraphs", "eager"]
 
 
 @dataclass(eq=False)
@@ -176,12 +176,12 @@ def _with(executable: Executable, made: Mapping[Any, Callable[..., tuple[Tensor,
 
 
 COMPILERS: dict[Compiler, Callable[[Executable], Executable]] = {
-    "inductor": by_class, "inductor-graphs": by_class, "eager": as_it_is}
+    "inductor": by_class, "inductor-no-cudagraphs": by_class, "eager": as_it_is}
 """By name, what a compiler makes of an executable."""
 BY_STAGE: dict[Compiler, Callable[[Executable], Executable]] = {
     name: partial(by_class, meet=lambda act: act()) if name != "eager" else plain for name, plain in COMPILERS.items()}
 """The same for stages, whose segments other ranks do not compile: one that can't ends them all."""
-RECORDS: dict[Compiler, Launches] = {"inductor": "each", "inductor-graphs": "recorded", "eager": "each"}
+RECORDS: dict[Compiler, Launches] = {"inductor": "recorded", "inductor-no-cudagraphs": "each", "eager": "each"}
 """By name, how steps are launched on GPUs."""
 
 
@@ -192,7 +192,7 @@ def compiler_for(device: torch.device, asked: Compiler | None) -> Compiler:
     the default there is "eager".
     """
     usable = device.type != "cuda" or private.triton_is_usable()
-    if asked in ("inductor", "inductor-graphs") and not usable:
+    if asked in ("inductor", "inductor-no-cudagraphs") and not usable:
         raise AutoparError(f"compiler=\"{asked}\" needs Triton for {device}, and finds none "
                            "that is usable; install triton, or pass compiler=\"eager\"")
     return asked or ("inductor" if device.type == "cuda" and usable else "eager")

@@ -25,14 +25,16 @@ from autopar.codegen.executable import Values
 from autopar.codegen.tape import Pass, Stepping
 from autopar.codegen.travel import local_of
 from autopar.core.errors import AutoparError
+from autopar.passes.functional import written
 
 log = logging.getLogger("autopar")
 Launches = Literal["recorded", "each"]
 """How a step's kernels are launched: by graphs that were recorded, or each by the host."""
 WARM = 2
 """The passes that run as they are before one is recorded."""
-ROOM = 1.05
-"""The free memory that a recording needs over what a pass took."""
+ROOM = 1.2
+"""The free memory that a recording needs over what a pass took, beside copies of gradients: steps without gradients
+are not recorded, and take theirs beside it."""
 
 
 @dataclass(eq=False)
@@ -83,6 +85,12 @@ def places_of(engine: Engine) -> tuple[int, ...]:
     return tuple(x for p in found for x in (local_of(p).data_ptr(), p.requires_grad))
 
 
+def versions_of(engine: Engine) -> tuple[int, ...]:
+    """How often each parameter, and its part here, has been written to."""
+    found = [engine.parameters.parameter(name) for name in engine.parameters.owners]
+    return tuple(x for p in found for x in (p._version, local_of(p)._version))
+
+
 def record(engine: Engine, given: Values, seeds: Seeds) -> Recording:
     """Record a pass of `engine`; nothing of it runs."""
     inputs = set(engine.executable.decision.context.segmented.factored.program.placeholders("input"))
@@ -111,10 +119,13 @@ class Replayed:
     given: Values
     seeds: Seeds
     done: bool = False
+    _before: tuple[tuple[int, ...], ...] = ()
+    _plain: Pass | None = None
 
     def forward(self) -> Values:
         """The outputs, in memory of their own."""
         recording = self.recording
+        self._before = self._versions()
         private.copy_all(list(recording.given.values()), [self.given[node] for node in recording.given])
         recording.seeds[::2].copy_(torch.stack([seed for seed, *_ in self.seeds]))
         recording.forward.replay()
@@ -122,11 +133,14 @@ class Replayed:
         return {node: x.clone().requires_grad_(node in recording.grads) for node, x in recording.outputs.items()}
 
     def backward(self, grads: Values, keep: bool) -> dict[str, Tensor]:
-        """The gradients of parameters. Raises AutoparError where there is to be more than one backward."""
+        """The gradients of parameters; of a recording nothing is left after one backward, so that where there may be
+        several the forward is run again. Raises AutoparError where it would not be what it was."""
         recording = self.recording
+        if self._versions()[0] != self._before[0]:
+            raise AutoparError("a parameter was changed between a forward and its backward; call backward before the "
+                               "optimizer's step")
         if keep or self.done:
-            raise AutoparError("a second backward of one call is asked for (retain_graph=True), of which a recorded "
-                               "step keeps nothing; pass compiler=\"inductor\" to autopar.compile")
+            return self._again().backward(grads, keep)
         self.done = True
         for node, grad in grads.items():
             recording.grads[node].copy_(grad)
@@ -134,6 +148,25 @@ class Replayed:
         copies = {name: torch.empty_like(x) for name, x in recording.found.items()}
         private.copy_all(list(copies.values()), list(recording.found.values()))
         return copies
+
+    def _again(self) -> Pass:
+        """The pass as it is launched op by op."""
+        if self._plain is None:
+            program = self.recording.engine.executable.decision.context.segmented.factored.program
+            if written(program):
+                raise AutoparError("a second backward of one call is asked for (retain_graph=True), of which a "
+                                   "recorded step keeps nothing, and its forward changes buffers, so that it can't be "
+                                   "run again; pass compiler=\"inductor-no-cudagraphs\" to autopar.compile")
+            if self._versions() != self._before:
+                raise AutoparError("an input was changed between a forward and a backward with retain_graph=True; "
+                                   "leave inputs as they are until then")
+            self.done, self._plain = True, Pass(self.recording.engine, self.given, self.seeds)
+            self._plain.forward()
+        return self._plain
+
+    def _versions(self) -> tuple[tuple[int, ...], ...]:
+        """How often parameters, and inputs, have been written to."""
+        return versions_of(self.recording.engine), tuple(self.given[node]._version for node in self.recording.given)
 
 
 @dataclass(eq=False)
@@ -145,8 +178,13 @@ class Replays:
     refused: set[int] = field(default_factory=set)
 
     def step(self, engine: Engine, given: Values, seeds: Seeds) -> Stepping:
-        """A pass, replayed where it can be; collective when one is recorded."""
+        """A pass, replayed where it can be; collective when one is recorded.
+
+        What is recorded is let go where another engine comes for the first time, which may want its memory.
+        """
         key = id(engine)
+        if key not in self.passes:
+            self.made.clear()
         if key in self.refused:
             return Pass(engine, given, seeds)
         recording = self.made.get(key)
@@ -165,7 +203,7 @@ class Replays:
 
     def _recorded(self, engine: Engine, given: Values, seeds: Seeds) -> Recording | None:
         """A recording if all ranks make one."""
-        made, reason = _tried(engine, given, seeds)
+        made, reason = _tried(engine, given, seeds, len(self.passes))
         if all(fine for (fine,) in exchanged((int(made is not None),))):
             assert made is not None
             self.made[id(engine)] = made
@@ -175,8 +213,8 @@ class Replays:
         return None
 
 
-def _tried(engine: Engine, given: Values, seeds: Seeds) -> tuple[Recording | None, str]:
-    reason = obstacle(engine)
+def _tried(engine: Engine, given: Values, seeds: Seeds, engines: int) -> tuple[Recording | None, str]:
+    reason = obstacle(engine, engines)
     if reason:
         return None, reason
     try:
@@ -185,8 +223,11 @@ def _tried(engine: Engine, given: Values, seeds: Seeds) -> tuple[Recording | Non
         return None, f"one could not be recorded ({str(error).strip().partition(chr(10))[0]})"
 
 
-def obstacle(engine: Engine) -> str:
-    """Why a pass of `engine` can't be recorded, empty if it can; memory that is cached is given back for it."""
+def obstacle(engine: Engine, engines: int) -> str:
+    """Why a pass of `engine` can't be recorded, empty if it can; memory that is cached is given back for it.
+
+    Others of the `engines` need memory beside what a recording keeps for itself.
+    """
     executable = engine.executable
     if any(call.lowered.host_seeded for call in executable.calls):
         return "dropout inside of attention is seeded by the host"
@@ -197,8 +238,10 @@ def obstacle(engine: Engine) -> str:
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.empty_cache()
-    free, needed = torch.cuda.mem_get_info()[0], torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-    if free < ROOM * needed:
+    grads = sum(local_of(engine.parameters.parameter(name)).nbytes for name in engine.parameters.owners)
+    took = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    free, needed = torch.cuda.mem_get_info()[0], grads + ROOM * took * min(engines, 2)
+    if free < needed:
         return f"{free / 2**30:.1f} GiB are free, a recording takes up to {needed / 2**30:.1f}"
     return ""
 

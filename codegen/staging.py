@@ -15,10 +15,10 @@ from autopar.codegen.channels import Post, connect_cuts
 from autopar.codegen.communicator import Axes, Communicator, Group, connect
 from autopar.codegen.engine import Parameters
 from autopar.codegen.executable import Executable
+from autopar.codegen.holding import Holding
 from autopar.codegen.kept import once
 from autopar.codegen.offers import batched
 from autopar.codegen.pipeline import Line, Pipeline, Staged
-from autopar.codegen.runtime import Holding
 from autopar.codegen.stages import Stage, cut_at, stages_of
 from autopar.codegen.values import held_by
 from autopar.core.mesh import Mesh

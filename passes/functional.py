@@ -216,6 +216,7 @@ class _Writes:
                 view = WRITTEN_BACK[root.target](_latest(base, self.current), view, root)
             root = base
         _check_written(node, updated(_detached_from(root)), self.program, self.kept)
+        _check_apart(node, root)
         self.current[root] = view
         stale = [root, *(value for value, buffer in self.stands.items() if buffer is root)]
         if self._buffer(root):
@@ -285,6 +286,28 @@ def _check_written(node: fx.Node, root: fx.Node, program: Program, kept: set[fx.
         name = program.sources[root.name].name
         raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes to a part of {name} in place, which "
                            "can't be traced as a norm writes to it too; assign all of it")
+
+
+def _check_apart(node: fx.Node, root: fx.Node) -> None:
+    """Raises CaptureError where a write through `root`, which is detached, would be seen by who reads later what it is
+    detached from."""
+    if root.target is not aten.detach.default:
+        return
+    base = root
+    while base.op == "call_function" and base.target in _VIEWS:
+        base = base.args[0]  # type: ignore[assignment]
+    same, readers = [base], set[fx.Node]()
+    for each in same:
+        others = [user for user in each.users if user is not root]
+        same += [user for user in others if user.target in _VIEWS]
+        readers.update(others)
+    after = node.next
+    while after.op != "root":
+        if after in readers and after.target not in _VIEWS:
+            raise CaptureError(f"{node.meta.get('path') or 'the forward'} writes in place ({node.target}) to "
+                               f"what is detached from {base.name}, which {after.name} reads later: detached tensors "
+                               "are copies here; clone it before, and use the clone from there on")
+        after = after.next
 
 
 def _as_value(node: fx.Node, written: fx.Node) -> fx.Node:

@@ -61,8 +61,8 @@ class Holding:
         return sum(x.untyped_storage().nbytes() for x in self.seen if identity(x) not in gathered)
 
 
-def step(case: Case, model: nn.Module) -> tuple[float, dict[str, Tensor], int]:
-    """(loss, gradients, bytes held for the backward) of a step, after one in which constants come to be."""
+def step(case: Case, model: nn.Module) -> tuple[float, dict[str, Tensor], dict[str, Tensor], int]:
+    """(loss, gradients, buffers, bytes held for the backward) of a step, after one in which constants come to be."""
     case.call(model).backward()
     model.zero_grad()
     call = case.inputs
@@ -74,7 +74,8 @@ def step(case: Case, model: nn.Module) -> tuple[float, dict[str, Tensor], int]:
         loss = case.call(model)
     nbytes = holding.nbytes(model)
     loss.backward()
-    return float(loss.detach()), {n: whole(p.grad) for n, p in model.named_parameters()}, nbytes
+    grads = {n: whole(p.grad) for n, p in model.named_parameters()}
+    return float(loss.detach()), grads, {n: b.clone() for n, b in model.named_buffers()}, nbytes
 
 
 def budgeted(rank: int, world_size: int, name: str, budget: float,
@@ -87,7 +88,9 @@ def budgeted(rank: int, world_size: int, name: str, budget: float,
         model = autopar.compile(copy.deepcopy(case.model), quick(world_size), inputs=case.inputs, loss_fn=case.loss_fn,
                                 precision="fp32", **options, **given)
         found.append((*step(case, model), model.plan))
-    (loss, expected, *_), (other, gradients, nbytes, plan) = found
+    (loss, expected, before, *_), (other, gradients, after, nbytes, plan) = found
+    for n, b in before.items():
+        torch.testing.assert_close(after[n], b, rtol=1e-5, atol=1e-6, msg=f"{n} is updated otherwise")
     largest = max(float(g.abs().max()) for g in expected.values())
     worst = max(float((gradients[n] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * largest)
                 for n, g in expected.items())

@@ -153,10 +153,23 @@ def test_batch_norm_stays_whole() -> None:
     lambda t, buffer: (F.batch_norm(t, buffer, buffer, training=True), buffer[:2].add_(1))[0],
     lambda t, buffer: ((t + 1).expand(3, 3)[0].mul_(2), t)[1],
     lambda t, buffer: ((t + 1).split(1)[0].mul_(2), t)[1],
+    lambda t, buffer: (h := t.sin(), h.detach().clamp_(0))[0] + 1,
+    lambda t, buffer: (h := t.sin(), v := h[0], h.detach()[1].clamp_(0), v + 1)[3],
+    lambda t, buffer: (h := t.sin(), h.view(-1).detach().mul_(2))[0],
 ])
 def test_writes_that_cannot_be_traced_are_refused(call: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match="in place"):
         Normalize()(raw(call, x(3, 3), nn.Buffer(torch.zeros(3))))
+
+
+@pytest.mark.parametrize("call", [
+    lambda t: (h := t.sin(), h.sum(), h.detach().clamp_(0))[2],
+    lambda t: (h := t.sin().detach().mul_(2)) + h,
+    lambda t: (h := t.sin(), h.clone().detach().mul_(2), h + 1)[2],
+])
+def test_what_is_detached_may_be_written_where_nothing_else_reads_it(call: Callable[[Tensor], Tensor]) -> None:
+    given = x(3, 3)
+    torch.testing.assert_close(evaluated(Normalize()(raw(call, given)), given), call(given))
 
 
 def twice_without_gradients(t: Tensor, seen: Tensor) -> Tensor:
