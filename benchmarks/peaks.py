@@ -131,7 +131,7 @@ def row(job: str, made: Any, cluster: Any, arguments: argparse.Namespace, seen: 
 
 def budget_of(model: Any, cluster: Any, asked: dict[str, Any], part: float) -> float:
     """Bytes `part` of the way from the least budget to what is held without one."""
-    free = autopar.plan(model, cluster, memory_budget=2.0**60, **asked).memory_bytes["device"]
+    free = autopar.plan(model, cluster, memory_budget=2.0**59, **asked).memory_bytes["device"]
     try:
         autopar.plan(model, cluster, memory_budget=1.0, **asked)
     except Infeasible as refused:
