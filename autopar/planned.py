@@ -32,8 +32,8 @@ class PlannedParameter:
 @dataclass(frozen=True, slots=True)
 class PlannedSegment:
     """One segment: in each phase seconds of computing, of communication that it waits for, and of what shows of
-    parameters' communication; bytes kept for its backward, and in it those of a device. In a stage seconds and kept
-    bytes are a micro-batch's, and `held_bytes` 0."""
+    parameters' communication; bytes kept for its backward, and the most of a device while it runs. In a stage seconds
+    and kept bytes are a micro-batch's, and `held_bytes` 0."""
 
     name: str
     forward_s: float

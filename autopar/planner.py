@@ -17,7 +17,7 @@ from autopar.budget import Lowerings, best_within, lowered, recomputing
 from autopar.codegen.executable import Executable
 from autopar.codegen.reprice import Item, Memory, itemised, reprice, saved_by, tally_calls
 from autopar.codegen.surrounding import surrounding_bytes
-from autopar.codegen.ways import memory_of, ways_of
+from autopar.codegen.ways import bytes_by_call, memory_of, ways_of
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
@@ -426,13 +426,16 @@ def bytes_told(memory: Memory) -> Bytes:
 
 
 def moment_by_moment(plan: Plan, ctx: Context, cluster: Cluster) -> Plan:
-    """The plan with its bytes told from the code that runs, where they are the rough sums of what ops make and it has
-    no stages. `ctx` is the program that it was made for."""
+    """The plan with its bytes and its segments' told from the code that runs, where those are the rough sums of what
+    ops make and it has no stages. `ctx` is the program that it was made for."""
     if plan.stages or plan.memory.around is not None or not ctx.segmented.factored.program.training:
         return plan
     setting, decision = setting_of(plan, cluster), decision_of(plan, ctx)
-    memory = memory_of(ways_of(lowered(decision, setting), setting), decision.kept, surrounding_bytes(setting))
-    return replace(plan, memory=bytes_told(memory))
+    ways = ways_of(lowered(decision, setting), setting)
+    memory = memory_of(ways, decision.kept, surrounding_bytes(setting))
+    segments = tuple(replace(segment, saved_bytes=saved, held_bytes=held) for segment, (saved, held) in zip(
+        plan.segments, bytes_by_call(ways, decision.kept), strict=True))
+    return replace(plan, memory=bytes_told(memory), segments=segments)
 
 
 def planned_segment(item: Item) -> PlannedSegment:

@@ -98,6 +98,15 @@ def ways_of(executable: Executable, setting: Setting, fused: bool | None = None)
     return Ways(executable, setting, fuses(setting) if fused is None else fused)
 
 
+def bytes_by_call(ways: Ways, kept: dict[str, tuple[str, ...]]) -> tuple[tuple[float, float], ...]:
+    """Of each call the bytes that are there from it on to its backward, and those of a device at the most, in its
+    forward or its backward."""
+    prints, course = ways.footprints(kept), ways.course()
+    most = course.bytes_by_moment(prints).max(0, initial=0.0)
+    return tuple((float(each.saved + sum(each.results_bytes)), float(nbytes))
+                 for each, nbytes in zip(prints, most, strict=True))
+
+
 def memory_of(ways: Ways, kept: dict[str, tuple[str, ...]], around: float | None) -> Memory:
     """Bytes of the fullest moment where segments keep what is called so; `around` is what the process takes besides."""
     prints, course = ways.footprints(kept), ways.course()
