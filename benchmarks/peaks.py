@@ -103,10 +103,10 @@ def run(job: str, arguments: argparse.Namespace) -> None:
     """One job, its row printed."""
     name, mode, *part = job.split(":")
     cluster = autopar.Cluster.preset(f"cpu:{dist.get_world_size()}")
-    started = alive()
     model, batch = model_and_batch(name, arguments.batch)
     asked = {"inputs": batch, "mode": mode, "precision": arguments.precision}
     budget = budget_of(model, cluster, asked, float(part[0])) if part else None
+    started = alive() - sum(x.untyped_storage().nbytes() for x in (*model.parameters(), *batch.values()))
     made: Any = autopar.compile(model, cluster, batch="global", compiler=arguments.compiler, costs="roofline",
                                 memory_budget=budget, **asked)
     del model
