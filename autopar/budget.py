@@ -91,7 +91,7 @@ class Lowerings:
         """Those of `decision`, whatever it keeps."""
         key = decision.mesh.shape, decision.assignments, tuple(decision.storage.values())
         if key not in self.known:
-            self.known[key] = ways_of(lowered(decision, setting, self.segments), setting, self.prints)
+            self.known[key] = ways_of(lowered(decision, setting, self.segments), setting, known=self.prints)
         return self.known[key]
 
     def plain(self, decision: Decision, setting: Setting) -> Memory:

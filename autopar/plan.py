@@ -183,16 +183,20 @@ class Plan:
     @property
     def memory_bytes(self) -> dict[str, float]:
         """Bytes of one device by kind, their peak, and what the budget is compared with; `around` where it is known."""
-        known = {name: nbytes for name, nbytes in dataclasses.asdict(self.memory).items() if nbytes is not None}
-        return {**known, "peak": self.observed_peak or self.memory.peak,
+        return {**self.memory.by_kind, "peak": self.observed_peak or self.memory.peak,
                 "device": self.memory.device}
+
+    @property
+    def peak_at(self) -> str:
+        """The moment at which a device holds most, "" where bytes are not told moment by moment."""
+        return self.memory.moment
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain lists and numbers; the keys are attributes."""
         rows = {name: [dataclasses.asdict(each) for each in getattr(self, name)]
                 for name in ("ops", "parameters", "stages", "observed", "checkpoints", "segments")}
-        told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "fallback_ops",
-                                                    "micro_batches", "schedule")}
+        told = {name: getattr(self, name) for name in (*WORDS, *FIGURES, "mesh", "memory_bytes", "peak_at",
+                                                       "fallback_ops", "micro_batches", "schedule")}
         plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **told, **rows}))
         return plain
 
@@ -213,7 +217,8 @@ class Plan:
         seconds = Seconds(**{part: entry(data, name, float) for name, part in SECONDS.items()})
         observed = tuple(map(observed_from_json, entries(data, "observed", dict) if "observed" in data else ()))
         held = entry(data, "memory_bytes", dict)
-        memory = Bytes(**{name: entry(held, name, float) for name in KINDS}, around=_around(held))
+        memory = Bytes(**{name: entry(held, name, float) for name in KINDS}, around=_around(held),
+                       moment=entry(data, "peak_at", str) if "peak_at" in data else "")
         peak = entry(data, "observed_peak", float) if "observed_peak" in data else 0.0
         return cls(**plain, mesh=entries(data, "mesh", int), seconds=seconds, memory=memory, workload=_workload(data),
                    ops=ops, parameters=parameters, observed=observed, observed_peak=peak,
@@ -288,6 +293,7 @@ class Plan:
         split = ", ".join(f"{name} {1e3 * value:.3f}" for name, value in parts.items())
         held = ", ".join(f"{name} {getattr(m, name) / GIB:.3f}" for name in KINDS)
         beside = "" if not m.around else f", and {m.around / GIB:.3f} of context and communication buffers"
+        beside += f"; fullest in the {m.moment}" if m.moment else ""
         at_rest = sorted({p.spec for p in self.parameters})
         staged = (f"{len(self.stages)} stages, {self.micro_batches} micro-batches by {self.schedule}, each on "
                   if self.stages else "")

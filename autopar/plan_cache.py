@@ -1,8 +1,8 @@
 """Plans kept between runs, found again by what they were made from.
 
 A plan's file is named by a hash of the program, the cluster, the request and this package's own source, so nothing
-that could change the plan leaves it in place. Files are plans like any other: read back they are checked by `verify`,
-and one that can't be read or verified is made anew.
+that could change the plan leaves it in place. Files are plans like any other: read back they are checked, by the price
+of what they run, and one that can't be read or claims another is made anew.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError
 from autopar.passes.decision import Context
 from autopar.plan import Plan
-from autopar.planner import Report, Request, program_key, solve, verify
+from autopar.planner import Report, Request, check_kept, moment_by_moment, program_key, solve
 
 FOLDER = "AUTOPAR_CACHE"
 """The environment variable that names the folder; `off` keeps nothing."""
@@ -29,19 +29,26 @@ def solve_or_recall(ctx: Context, cluster: Cluster, request: Request, report: Re
     """The plan that `solve` finds, from the folder of earlier ones where it is there. Raises as `solve` does."""
     path = place(ctx, cluster, request)
     if path is None:
-        return solve(ctx, cluster, request, report)[0]
+        return _solved(ctx, cluster, request, report)
     with contextlib.suppress(AutoparError):
         if path.exists():
             found = dataclasses.replace(Plan.load(path), model=request.model)
-            verify(found, ctx, cluster)
+            check_kept(found, ctx, cluster)
             report(f"plan {path.stem}, made before ({FOLDER}=off plans anew)")
             return found
-    found = solve(ctx, cluster, request, report)[0]
+    found = _solved(ctx, cluster, request, report)
     if found.status == "Optimal":
         with contextlib.suppress(AutoparError, OSError):  # a folder that can't be written only costs time
             path.parent.mkdir(parents=True, exist_ok=True)
             found.save(path)
     return found
+
+
+def _solved(ctx: Context, cluster: Cluster, request: Request, report: Report) -> Plan:
+    """The plan, its memory told moment by moment."""
+    found = solve(ctx, cluster, request, report)[0]
+    report("telling its memory")
+    return moment_by_moment(found, ctx, cluster)
 
 
 def place(ctx: Context, cluster: Cluster, request: Request) -> Path | None:

@@ -32,8 +32,8 @@ class PlannedParameter:
 @dataclass(frozen=True, slots=True)
 class PlannedSegment:
     """One segment: in each phase seconds of computing, of communication that it waits for, and of what shows of
-    parameters' communication; bytes kept for its backward, and in it those of a device. In a stage seconds and kept
-    bytes are a micro-batch's, and `held_bytes` 0."""
+    parameters' communication; bytes kept for its backward, and the most of a device while it runs. In a stage seconds
+    and kept bytes are a micro-batch's, and `held_bytes` 0."""
 
     name: str
     forward_s: float
@@ -145,8 +145,8 @@ SECONDS = {"step_time_s": "step", **{f"{part}_s": part for part in ("compute", "
 class Bytes:
     """Predicted bytes of one device at the fullest moment of a step, by kind.
 
-    `around` is what its process takes besides: a context and communication buffers. It is None where the budget is far
-    off and bytes are rough sums of what ops make; else they are those of the code that runs, moment by moment.
+    `around` is what its process takes besides: a context and communication buffers. It is None where bytes are rough
+    sums of what ops make; else they are those of the code that runs, moment by moment, and `moment` says which it is.
     """
 
     parameters: float
@@ -155,9 +155,16 @@ class Bytes:
     activations: float
     transient: float
     around: float | None = None
+    moment: str = ""
 
     def __post_init__(self) -> None:
-        check_finite("memory_bytes", {name: value or 0.0 for name, value in dataclasses.asdict(self).items()})
+        check_finite("memory_bytes", self.by_kind)
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """The figures that are known."""
+        told = dataclasses.asdict(self)
+        return {name: nbytes for name, nbytes in told.items() if name != "moment" and nbytes is not None}
 
     @property
     def total(self) -> float:

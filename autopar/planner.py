@@ -17,7 +17,7 @@ from autopar.budget import Lowerings, best_within, lowered, recomputing
 from autopar.codegen.executable import Executable
 from autopar.codegen.reprice import Item, Memory, itemised, reprice, saved_by, tally_calls
 from autopar.codegen.surrounding import surrounding_bytes
-from autopar.codegen.ways import memory_of, ways_of
+from autopar.codegen.ways import bytes_by_call, memory_of, ways_of
 from autopar.core.cluster import Cluster
 from autopar.core.errors import AutoparError, Infeasible
 from autopar.core.mesh import Mesh
@@ -424,11 +424,29 @@ def _plan(found: Found, request: Request, spent: float) -> Plan:
         request.model, program_key(ctx), setting.cluster.name, setting.cluster.key(), setting.mesh.shape, request.mode,
         program.precision, request.optimizer, status_of(gap), gap,
         Seconds(priced.seconds, priced.compute, priced.inline, priced.exposed, priced.optimizer),
-        Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient,
-              memory.around), planned_ops(decision), planned_parameters(decision), attention_told(program),
+        bytes_told(memory), planned_ops(decision), planned_parameters(decision), attention_told(program),
         fallback_ops(ctx), len(problem.instance.nodes), edge_count(problem.instance), spent, workload_of(ctx),
         peak_flops_per_s(setting.cluster, program.precision), request.observed,
         checkpoints=planned_checkpoints(executable, setting), segments=tuple(map(planned_segment, items)))
+
+
+def bytes_told(memory: Memory) -> Bytes:
+    """Bytes as a plan has them."""
+    return Bytes(memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.transient,
+                 memory.around, memory.moment)
+
+
+def moment_by_moment(plan: Plan, ctx: Context, cluster: Cluster) -> Plan:
+    """The plan with its bytes and its segments' told from the code that runs, where those are the rough sums of what
+    ops make and it has no stages. `ctx` is the program that it was made for."""
+    if plan.stages or plan.memory.around is not None or not ctx.segmented.factored.program.training:
+        return plan
+    setting, decision = setting_of(plan, cluster), decision_of(plan, ctx)
+    ways = ways_of(lowered(decision, setting), setting)
+    memory = memory_of(ways, decision.kept, surrounding_bytes(setting))
+    segments = tuple(replace(segment, saved_bytes=saved, held_bytes=held) for segment, (saved, held) in zip(
+        plan.segments, bytes_by_call(ways, decision.kept), strict=True))
+    return replace(plan, memory=bytes_told(memory), segments=segments)
 
 
 def planned_segment(item: Item) -> PlannedSegment:
@@ -626,15 +644,29 @@ def verify(plan: Plan, program: Program | Context, cluster: ClusterLike) -> tupl
     Raises AutoparError when the plan is for another model or cluster, or its claims are off by more than 1e-6.
     """
     ctx, place = origin_of(plan, program, cluster)
+    seconds, nbytes = _recomputed(plan, ctx, setting_of(plan, place))
+    _check_claims(plan, ctx, seconds, nbytes)
+    return seconds, nbytes
+
+
+def check_kept(plan: Plan, ctx: Context, cluster: Cluster) -> None:
+    """Raises AutoparError as `verify` does, but takes bytes that were told moment by moment as they are: what runs
+    would have to be traced for them."""
+    if plan.stages or plan.memory.around is None:
+        verify(plan, ctx, cluster)
+        return
+    ctx, place = origin_of(plan, ctx, cluster)
     setting = setting_of(plan, place)
-    seconds, nbytes = _recomputed(plan, ctx, setting)
+    _check_claims(plan, ctx, price_lowered(decision_of(plan, ctx), setting)[0].seconds, plan.memory.total)
+
+
+def _check_claims(plan: Plan, ctx: Context, seconds: float, nbytes: float) -> None:
     claims = (("seconds", plan.seconds.step, seconds), ("bytes", plan.memory.total, nbytes),
               ("FLOP", plan.workload.flop, workload_of(ctx).flop))
     for what, claimed, found in claims:
         if abs(claimed - found) > AGREEMENT * abs(found):
             raise AutoparError(f"the plan claims {claimed:.9g} {what}, its lowered program comes to {found:.9g}; it "
                                "was edited or made by another version: plan again")
-    return seconds, nbytes
 
 
 def _recomputed(plan: Plan, ctx: Context, setting: Setting) -> tuple[float, float]:

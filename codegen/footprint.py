@@ -20,6 +20,8 @@ from autopar.codegen.live import Live, rounded
 aten = torch.ops.aten
 META = torch.device("meta")
 Run = Callable[..., Sequence[Tensor]]
+Backward = Callable[[list[Tensor], Sequence[Tensor], Live], None]
+"""Runs the backward of results, which it lets go, to leaves, whose peak `Live` has from then on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,28 @@ class _Ends(torch.autograd.Function):
         return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.of)
 
 
-def footprint(run: Run, given: Sequence[Arrival], seeds: int, device: torch.device = META, grain: int = 1) -> Footprint:
-    """The bytes of `run(*given, *seeds)` and of its backward, as autograd runs them on `device`."""
+def by_autograd(results: list[Tensor], _: Sequence[Tensor], live: Live) -> None:
+    """The backward of `results`, which are let go, as a part of a larger one."""
+    loss = ends_of(results)
+    assert loss is not None
+    results.clear()
+    live.restart()
+    loss.backward()
+
+
+def by_tape(results: list[Tensor], leaves: Sequence[Tensor], live: Live) -> None:
+    """The backward of `results` as `codegen.tape` runs it: the gradients that come to it are held throughout."""
+    live.restart()
+    made = [x for x in results if x.requires_grad]
+    results.clear()
+    grads = [torch.empty_like(x) for x in made]
+    found = torch.autograd.grad(made, leaves, grads, allow_unused=True)
+    del found
+
+
+def footprint(run: Run, given: Sequence[Arrival], seeds: int, device: torch.device = META, grain: int = 1,
+              backward: Backward = by_autograd) -> Footprint:
+    """The bytes of `run(*given, *seeds)` on `device`, and of its `backward`, by default as autograd runs it."""
     arguments = [each.blank(device) for each in given] + [torch.zeros((), dtype=torch.int64, device=device)] * seeds
     arguments_read, results_read = _read(run, arguments)
     with Live(device.type, grain) as live:
@@ -83,19 +105,11 @@ def footprint(run: Run, given: Sequence[Arrival], seeds: int, device: torch.devi
         forward = live.peak - held
         own = [rounded(nbytes, grain) for nbytes in _own(results, arguments)]
         saved = live.bytes - held - sum(own)
-        backward = _backward(results, live, held)
-    return Footprint(saved, arguments_read, results_read, tuple(own), forward, backward)
-
-
-def _backward(results: list[Tensor], live: Live, held: int) -> int:
-    """The most bytes of the backward of `results`, which are let go."""
-    loss = ends_of(results)
-    results.clear()
-    if loss is None:
-        return 0
-    live.restart()
-    loss.backward()
-    return live.peak - held
+        leaves = [x for x in arguments if x.requires_grad]
+        flows = any(x.requires_grad for x in results)
+        if flows:
+            backward(results, leaves, live)
+    return Footprint(saved, arguments_read, results_read, tuple(own), forward, live.peak - held if flows else 0)
 
 
 def ends_of(results: Sequence[Tensor]) -> Tensor | None:

@@ -9,17 +9,19 @@ any more. What the graph is given is let go after its last reader, or held by th
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from autopar.codegen.live import rounded
+from autopar.codegen.rooms import ROOMS, room_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 FEW = 4
 """The most values in memory that a pointwise value is made again from, rather than kept: Inductor's threshold."""
+Same = Mapping[fx.Node, fx.Node]
 _VIEWS = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "slice", "select", "unsqueeze",
           "squeeze", "alias", "detach", "as_strided", "split", "split_with_sizes", "unbind", "view_as", "diagonal",
           "wait_tensor", "_reshape_alias"}
@@ -58,6 +60,15 @@ def nbytes_of(value: object, grain: int) -> int:
     return sum(rounded(x.untyped_storage().nbytes() if x.numel() else 0, grain) for x in found if isinstance(x, Tensor))
 
 
+def room(node: fx.Node, fused: bool) -> int:
+    """Bytes that an op works in besides."""
+    name = name_of(node)
+    if name not in ROOMS:
+        return 0
+    args = fx.map_arg(node.args, lambda n: n.meta["val"])
+    return int(room_of(name, args, fused))
+
+
 @dataclass(eq=False)
 class Kernels:
     """A graph cut into kernels: which one each value is made in, what each reads from memory, what it writes."""
@@ -82,11 +93,11 @@ class Kernels:
         return list(dict.fromkeys(self.base[n] for n in node.all_input_nodes if n in self.base))
 
 
-def kernels_of(graph: fx.Graph) -> Kernels:
+def kernels_of(graph: fx.Graph, same: Same) -> Kernels:
     """Cut a graph into kernels."""
     ends = next(n for n in graph.nodes if n.op == "output")
     found = Kernels(graph, frozenset())
-    found.base.update(bases_of(graph))
+    found.base.update(bases_of(graph, same))
     found.outputs = frozenset(found.base[n] for n in ends.all_input_nodes)
     ops = [n for n in graph.nodes if n.op == "call_function" and found.base[n] is n]
     for node in ops:
@@ -139,20 +150,31 @@ def _users(found: Kernels, node: fx.Node) -> list[fx.Node]:
     return users
 
 
-def peak(graph: fx.Graph, held: Collection[fx.Node], grain: int = 1) -> int:
-    """The most bytes at any time in memory while `graph` runs; its inputs count, but for those `held` by the caller."""
-    found = kernels_of(graph)
+@dataclass(frozen=True)
+class Inputs:
+    """What becomes of a graph's inputs: those that are `held` by others do not count, `lasting` ones count to the end,
+    of those that are the `same` memory as others only these count, and all that are left go after their last reader."""
+
+    held: Collection[fx.Node] = ()
+    lasting: Collection[fx.Node] = ()
+    same: Same = field(default_factory=dict)
+
+
+def peak(graph: fx.Graph, inputs: Inputs, grain: int = 1) -> int:
+    """The most bytes at any time in memory while `graph` runs."""
+    found = kernels_of(graph, inputs.same)
+    stay = {*found.outputs, *inputs.lasting}
     order = [n for n in graph.nodes if n.op == "call_function" and n in found.stored]
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in graph.nodes if n.op == "placeholder" and found.base[n] is n]
     size = {n: nbytes_of(n.meta.get("val"), grain) for n in [*order, *placeholders]}
     last = _last_reads(found, order)
-    alive = {n: size[n] for n in placeholders if n not in held}
+    alive = {n: size[n] for n in placeholders if n not in inputs.held}
     now = most = sum(alive.values())
     for place, node in enumerate(order):
-        dying = [n for n in list(alive) if last.get(n, -1) <= place and n not in found.outputs]
+        dying = [n for n in list(alive) if last.get(n, -1) <= place and n not in stay]
         written_over = is_pointwise(node) and name_of(node) != "clone" and any(
             size[n] == size[node] and n.op != "placeholder" and last.get(n) == place for n in dying)
-        most = max(most, now + (0 if written_over else size[node]))
+        most = max(most, now + (0 if written_over else size[node]) + room(node, fused=True))
         now += size[node]
         alive[node] = size[node]
         for n in dying:
@@ -170,16 +192,17 @@ def _last_reads(found: Kernels, order: Iterable[fx.Node]) -> dict[fx.Node, int]:
     return last
 
 
-def plain_peak(graph: fx.Graph, held: Collection[fx.Node], grain: int = 1) -> int:
+def plain_peak(graph: fx.Graph, inputs: Inputs, grain: int = 1) -> int:
     """The same where ops run one by one: each stores what it makes, and what the graph is given stays till the end."""
-    base = bases_of(graph)
+    base = bases_of(graph, inputs.same)
     order = [n for n in graph.nodes if n.op == "call_function" and base[n] is n]
     place = {n: i for i, n in enumerate(order)}
     ends = {base[n] for n in graph.output_node().all_input_nodes}
     last = dict(place)
     now = 0
     for node in graph.nodes:
-        now += nbytes_of(node.meta.get("val"), grain) if node.op == "placeholder" and node not in held else 0
+        own = node.op == "placeholder" and node not in inputs.held and base[node] is node
+        now += nbytes_of(node.meta.get("val"), grain) if own else 0
         for read in node.all_input_nodes if node in place else ():
             last[base[read]] = place[node]
     dying: dict[int, int] = {}
@@ -189,15 +212,25 @@ def plain_peak(graph: fx.Graph, held: Collection[fx.Node], grain: int = 1) -> in
     most = now
     for i, node in enumerate(order):
         now += nbytes_of(node.meta.get("val"), grain)
-        most = max(most, now)
+        most = max(most, now + room(node, fused=False))
         now -= dying.get(i, 0)
     return most
 
 
-def bases_of(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """By node the one whose memory it looks at."""
+def bases_of(graph: fx.Graph, same: Same | None = None) -> dict[fx.Node, fx.Node]:
+    """By node the one whose memory it looks at; inputs that are the `same` memory as others look at theirs."""
     base: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         own = node.op in ("placeholder", "get_attr") or not is_view(node) or not node.all_input_nodes
-        base[node] = node if own else base[node.all_input_nodes[0]]
+        base[node] = (same or {}).get(node, node) if own else base[node.all_input_nodes[0]]
     return base
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node whose memory alone `node` looks at: of an op with several results the one that it is."""
+    while node.op == "call_function" and is_view(node) and node.all_input_nodes:
+        source = node.all_input_nodes[0]
+        if node.target is operator.getitem and not is_view(source):
+            return node
+        node = source
+    return node

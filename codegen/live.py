@@ -1,7 +1,7 @@
 """Bytes of tensors that are alive, op by op: what a program holds at its fullest moment, on meta or on any device.
 
 A storage counts from the op that makes it until nothing refers to it or its memory is given up (as FSDP2 does with
-gathered parameters). What kernels allocate inside of themselves is not seen.
+gathered parameters). What kernels allocate inside of themselves is not seen, but for what `codegen.rooms` tells.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from autopar.codegen import private
+from autopar.codegen.rooms import ROOMS, room_of
 
 
 def rounded(nbytes: float, grain: int) -> int:
@@ -58,6 +59,9 @@ class Live(private.TorchDispatchMode):
             return NotImplemented  # its local ops come here
         made = func(*args, **(kwargs or {}))
         self.hold(leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor))
+        name = func._schema.name.rpartition("::")[2]
+        if name in ROOMS:
+            self.peak = max(self.peak, self.bytes + int(room_of(name, args, False)))
         return made
 
     def _count(self) -> None:

@@ -163,6 +163,25 @@ def storage_bytes(reference: StorageWeakRef) -> int:
     return 0 if storage is None else storage.nbytes()
 
 
+def allocations(act: Callable[[], None]) -> list[int]:
+    """Bytes that the CPU's allocator hands out while `act` runs, those it gets back less than 0, one after the other.
+
+    The profiler's own tables sum them up by op; one by one they are in its results alone, in both versions.
+    """
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        act()
+    inner: Any = profiler.profiler
+    found = [event for event in inner.kineto_results.events() if event.name() == "[memory]"]
+    return [int(event.nbytes()) for event in found]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and a device and no values; its class has no public name."""
+    from torch._subclasses import FakeTensor
+    return isinstance(tensor, FakeTensor)
+
+
 def storage_key(tensor: Tensor) -> int:
     """A number that tensors of one storage share, for as long as one of them lives."""
     return StorageWeakRef(tensor.untyped_storage()).cdata  # type: ignore[no-any-return]

@@ -40,7 +40,8 @@ META = torch.device("meta")
 class Memory:
     """Bytes a device holds at the fullest moment of the step, by kind; `transient` is there for one segment's run.
 
-    `around` is what is no tensor's, None where bytes are the rough sums of what ops make.
+    `around` is what is no tensor's, None where bytes are the rough sums of what ops make; `moment` names the moment
+    where they are not.
     """
 
     parameters: float
@@ -49,6 +50,7 @@ class Memory:
     activations: float
     transient: float
     around: float | None = None
+    moment: str = ""
 
     @property
     def total(self) -> float:
@@ -175,9 +177,10 @@ def saved_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> 
     return found
 
 
-def retained_by(executable: Executable, setting: Setting, tallies: list[Tally]) -> list[Retained]:
-    """What the backward of each call needs."""
-    device, fused = setting.device, fuses(setting)
+def retained_by(executable: Executable, setting: Setting, tallies: list[Tally],
+                fused: bool | None = None) -> list[Retained]:
+    """What the backward of each call needs, where ops are `fused` or not; None: as is the default on the devices."""
+    device, fused = setting.device, fuses(setting) if fused is None else fused
     cache: dict[int, Retained] = {}
     for call, tally in zip(executable.calls, tallies, strict=True):
         if id(call.lowered) not in cache:

@@ -132,9 +132,10 @@ class Course:
             came = arrivals(call.lowered, self.executable.decision, self.executable.target.inputs)
             given.update((node, each.nbytes) for node, each in zip(call.segment.externals, came, strict=True)
                          if node.op == "placeholder" and node not in self.held)
-        unread = [n for n in program.placeholders("input") if n not in given and isinstance(n.meta.get("val"), Tensor)]
+        batch = [n for n in program.placeholders("input") if isinstance(n.meta.get("val"), Tensor) and n.users]
+        unread = [n for n in batch if n not in given]
         return (sum(h.parameter + h.state for h in self.held.values()) + sum(given.values())
-                + sum(_nbytes(n.meta["val"]) for n in unread if n.users))
+                + sum(_nbytes(n.meta["val"]) for n in unread) + sum(_before_cast(n.meta["val"]) for n in batch))
 
     @cached_property
     def update(self) -> float:
@@ -297,6 +298,12 @@ class Course:
 def _copies(node: fx.Node) -> float:
     """How often a gradient is copied into a bucket: first by itself where it may lie channels last."""
     return 2.0 if len(node.meta["val"].shape) > 2 else 1.0
+
+
+def _before_cast(tensor: Tensor) -> float:
+    """Bytes of an input in fp32, as it is given, where it is cast for the program and so there twice; else 0."""
+    narrow = tensor.dtype.is_floating_point and tensor.element_size() < MASTER_BYTES
+    return float(tensor.numel() * MASTER_BYTES) if narrow else 0.0
 
 
 def _nbytes(tensor: Tensor) -> float:

@@ -69,10 +69,15 @@ def alone(total: Tensor) -> Tensor:
     return total
 
 
+def classes_worked_on(classes: int) -> int:
+    """So many classes a GPU's matmuls have, some of them filled up with nothing where they would be slow without."""
+    return classes if classes % NARROWEST == 0 else -(-classes // CLASSES_ALIGNED) * CLASSES_ALIGNED
+
+
 def _padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias with more classes where a GPU's matmul would be slow without."""
-    more = -len(weight) % CLASSES_ALIGNED
-    if not weight.is_cuda or len(weight) % NARROWEST == 0:
+    more = classes_worked_on(len(weight)) - len(weight)
+    if not weight.is_cuda or not more:
         return weight, bias
     return F.pad(weight, (0, 0, 0, more)), None if bias is None else F.pad(bias, (0, more))
 

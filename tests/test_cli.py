@@ -122,7 +122,10 @@ def test_json_is_all_there_is_on_stdout(own: Path, tmp_path: Path, capsys: pytes
     found, plan = json.loads(capsys.readouterr().out), Plan.load(out)
     parts = [found[name] for name in ("compute_s", "inline_s", "exposed_s", "optimizer_s")]
     assert found["step_time_s"] == pytest.approx(sum(parts)) == plan.seconds.step
-    assert sum(found["memory_bytes"].values()) == pytest.approx(3 * plan.memory.total)  # and peak, and device
+    assert plan.memory.around and plan.memory.moment  # told from the code that runs
+    assert sum(found["memory_bytes"].values()) == pytest.approx(
+        3 * plan.memory.total + 2 * plan.memory.around)  # and peak, and device
+    assert found["peak_at"] == plan.memory.moment
     assert (found["status"], found["gap"], tuple(found["mesh"]), found["mode"]) == ("Optimal", 0.0, plan.mesh, "auto")
     assert [(op["name"], op["strategy"], op["segment"]) for op in found["ops"]] == \
         [(op.name, op.strategy, op.segment) for op in plan.ops if op.strategy]

@@ -24,7 +24,7 @@ from autopar.passes.lookups import checked
 from autopar.passes.notation import op_called
 from autopar.plan import Plan
 from autopar.plan_cache import solve_or_recall
-from autopar.planner import Report, Request, check_shapes, prepare, solve, stages_of
+from autopar.planner import Report, Request, check_shapes, moment_by_moment, prepare, solve, stages_of
 
 MOST_PROCESSES = 8
 """Local processes that are planned for where there is no GPU: more share a machine's memory too thinly."""
@@ -52,9 +52,11 @@ def answer(options: Options, progress: Progress, start: float) -> str:
     compared = compare(context, cluster, request, progress.found) if options.json or options.modes else None
     problem = compared.problem if compared else None
     if compared:
+        compared = replace(compared, plan=moment_by_moment(compared.plan, context, cluster))
         plan = compared.plan
     elif options.verbose:
         plan, problem = solve(context, cluster, request, progress.found)
+        plan = moment_by_moment(plan, context, cluster)
     else:
         plan = solve_or_recall(context, cluster, request, progress.found)
     if options.out is not None:
