@@ -16,8 +16,12 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autopar.core.collectives import ROUNDS, Network, ring_rates, stage_link
 from autopar.core.errors import AutoparError
@@ -25,11 +29,12 @@ from autopar.core.measured import parted
 from autopar.core.mesh import Mesh
 from autopar.core.reshard import Primitive
 from autopar.solver.columns import ROUNDING
-from autopar.solver.grid import NOTHING, Ring, Send, Task, links_of
+from autopar.solver.grid import NOTHING, Links, Ring, Send, Task, links_of
 from autopar.solver.layouts import Search
 
 Devices = tuple[int, ...]
 Clock = Callable[[], float]
+Array = NDArray[np.float64]
 STARTS = 4
 """Layouts that are improved before others are searched."""
 IMPROVING = 0.2
@@ -102,33 +107,36 @@ def _collective(instance: Instance, each: Collective, groups: Sequence[Devices])
 # Search
 
 
-def classes_of(network: Network, devices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def classes_of(links: Links) -> tuple[tuple[int, ...], ...]:
     """Devices that may be exchanged: on one host, with equal links to each other and to every other, and as they stand
     in rings, which visit a host's devices by their numbers: none of the host is between them whose links are others."""
+    figures = np.array((links.latency, links.inverse))
+    hosts = defaultdict[int, list[int]](list)
+    for device, host in enumerate(links.host):
+        hosts[host].append(device)
     found: list[list[int]] = []
-    for device in devices:
-        home = next((each for each in found if _alike(network, each[0], device, devices)
-                     and (_even(network, device, devices) or not _between(network, each, device, devices))), None)
-        found.append([device]) if home is None else home.append(device)
-    return tuple(map(tuple, found))
+    for mine in hosts.values():
+        even, here = _even(figures, mine), list[list[int]]()
+        for device in mine:
+            home = next((each for each in here if _alike(figures, each[0], device)
+                         and (even or not any(each[-1] < d < device for d in mine))), None)
+            here.append([device]) if home is None else home.append(device)
+        found += here
+    return tuple(map(tuple, sorted(found)))
 
 
-def _alike(network: Network, a: int, b: int, devices: Sequence[int]) -> bool:
-    def links(one: int, other: int) -> tuple[float, ...]:
-        return tuple(figure for d in devices if d not in (a, b) for figure in (
-            network.latency(one, d), network.bandwidth(one, d), network.latency(d, one), network.bandwidth(d, one)))
-    return (network.hosts[a] == network.hosts[b] and links(a, b) == links(b, a)
-            and network.bandwidth(a, b) == network.bandwidth(b, a) and network.latency(a, b) == network.latency(b, a))
+def _alike(figures: Array, a: int, b: int) -> bool:
+    """Whether two devices have equal links to each other and to every other."""
+    others = np.delete(np.arange(figures.shape[1]), [a, b])
+    return bool((figures[:, a, b] == figures[:, b, a]).all()
+                and (figures[:, a, others] == figures[:, b, others]).all()
+                and (figures[:, others, a] == figures[:, others, b]).all())
 
 
-def _between(network: Network, alike: Sequence[int], device: int, devices: Sequence[int]) -> bool:
-    return any(alike[-1] < d < device and network.hosts[d] == network.hosts[device] for d in devices)
-
-
-def _even(network: Network, device: int, devices: Sequence[int]) -> bool:
-    """Whether all links inside of a device's host are equal."""
-    mine = [d for d in devices if network.hosts[d] == network.hosts[device]]
-    return len({(network.latency(a, b), network.bandwidth(a, b)) for a, b in itertools.permutations(mine, 2)}) <= 1
+def _even(figures: Array, mine: list[int]) -> bool:
+    """Whether all links inside of a host are equal."""
+    inside = figures[:, mine][:, :, mine][:, ~np.eye(len(mine), dtype=bool)]
+    return bool((inside == inside[:, :1]).all())
 
 
 def starts(instance: Instance, classes: Sequence[Sequence[int]]) -> Iterator[Devices]:
@@ -148,8 +156,9 @@ def place(instance: Instance, limit_s: float = 10.0, clock: Clock = time.perf_co
     if len(instance.network.hosts) != instance.size:
         raise AutoparError(f"the grid has {instance.size} cells, the network {len(instance.network.hosts)} devices; "
                            "use a grid of as many")
-    classes = classes_of(instance.network, range(instance.size))
-    search = Search(_task(instance, classes), lambda devices: price(instance, devices), end, clock)
+    links = links_of(instance.network)
+    classes = classes_of(links)
+    search = Search(_task(instance, links, classes), lambda devices: price(instance, devices), end, clock)
     soon = Until(clock, clock() + IMPROVING * limit_s)
     for devices in _good_starts(instance, classes, soon):
         each = Until(clock, clock() + IMPROVING * limit_s / STARTS)
@@ -199,12 +208,12 @@ def _improved(instance: Instance, classes: Sequence[Devices], devices: Devices, 
     return devices
 
 
-def _task(instance: Instance, classes: tuple[Devices, ...]) -> Task:
+def _task(instance: Instance, links: Links, classes: tuple[Devices, ...]) -> Task:
     places, *inner = instance.shape
     inside = [each for each in instance.collectives if 0 not in each.axes]
     across = [(each, Mesh(instance.shape).groups(each.axes)) for each in instance.collectives if 0 in each.axes]
     floor = sum(_collective(instance, each, groups) for each, groups in across if len(groups) == 1)
-    return Task(links_of(instance.network), classes, places, tuple(inner) or (1,), instance.send,
+    return Task(links, classes, places, tuple(inner) or (1,), instance.send,
                 instance.around, tuple(_ring(each, tuple(inner)) for each in inside), floor)
 
 

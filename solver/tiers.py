@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 Matrix = Sequence[Sequence[float]]
 Part = tuple[int, ...]
 
@@ -27,18 +29,23 @@ class Tier:
 
 
 def widest(cost: Matrix) -> list[list[float]]:
-    """By pair the least that the dearest link costs on any way from one device to the other, in either direction."""
-    n = len(cost)
-    best = [[min(cost[a][b], cost[b][a]) if a != b else 0.0 for b in range(n)] for a in range(n)]
-    for via in range(n):
-        row = best[via]
-        for each in best:
-            first = each[via]
-            for b in range(n):
-                most = max(first, row[b])
-                if most < each[b]:
-                    each[b] = most
-    return best
+    """By pair the least that the dearest link costs on any way from one device to the other, in either direction.
+
+    Those ways are the ones along a tree of least links, which grows link by link (Prim 1957).
+    """
+    both = np.asarray(cost, dtype=float)
+    both = np.minimum(both, both.T)
+    best = np.zeros_like(both)
+    joined, least, via = [0], both[0].copy(), np.zeros(len(both), dtype=int)
+    for _ in range(len(both) - 1):
+        least[joined[-1]] = math.inf
+        new = int(least.argmin())
+        best[new, joined] = best[joined, new] = np.maximum(best[via[new], joined], least[new])
+        nearer = (both[new] < least) & np.isfinite(least)
+        via[nearer], least[nearer] = new, both[new][nearer]
+        joined.append(new)
+    found: list[list[float]] = best.tolist()
+    return found
 
 
 def tiers(cost: Matrix, classes: Sequence[Sequence[int]]) -> tuple[Tier, ...]:
