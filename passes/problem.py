@@ -159,7 +159,7 @@ class _Builder:
     def _add_op(self, key: Key, op: Op, count: int) -> None:
         mesh = self.setting.mesh
         options = self.setting.allowed.get(op.name) or tuple(
-            each for each in assignments(op, mesh, self.setting.mode, self.context.through(op)) if self._apart(each))
+            assignments(op, mesh, self.setting.mode, self.context.through(op)))
         self.assigned[key] = options
         choices = scaled(op_choices(self.context, op, options, mesh, self.setting.device), self._factor(key))
         self._add_node(key, op.name, with_exchanges(op, choices, options, mesh, self.setting.price), count)
@@ -174,24 +174,10 @@ class _Builder:
         factored, mesh = self.context.segmented.factored, self.setting.mesh
         pinned = self.setting.pinned.get(node.name)
         options = (pinned,) if pinned else tuple(
-            each for each in storages(factored, node, self.outline.users[node], mesh, self.setting.mode)
-            if self._apart(each.states))
+            storages(factored, node, self.outline.users[node], mesh, self.setting.mode))
         self.stored[key] = options
         choices = storage_choices(self.context, node, options, mesh, self.setting.optimizer, self.setting.device)
         self._add_node(key, factored.program.sources[node.name].name, choices, count)
-
-    def _apart(self, states: tuple[int | str, ...]) -> bool:
-        """Whether an op or a parameter is whole along each axis of one device: cut there it would be the same.
-
-        Not so with batch norm: whole it updates its statistics in place, which what a plan keeps does not survive.
-        """
-        mesh, mode = self.setting.mesh, self.setting.mode
-        return self._normalizes_batches or all(size > 1 or state == "R" or axis.batch_always or "R" not in axis.storage
-                   for state, size, axis in zip(states, mesh.shape, mode.on(mesh.shape), strict=True))
-
-    @cached_property
-    def _normalizes_batches(self) -> bool:
-        return any(op.main.target is torch.ops.aten.batch_norm.default for op in self.context.segmented.ops)
 
     def _flows(self, arrival: Arrival, together: Together) -> Iterator[tuple[Flow, Ends]]:
         """A value that ops make is one flow, a parameter one of what may hide behind compute and one of what may not.

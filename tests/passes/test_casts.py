@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import autopar
 from autopar.passes.capture import Precision, capture
 from autopar.passes.casts import Casts
+from tests.pool import Pool
 
 X = torch.randn(2, 4, 8)
 
@@ -31,13 +32,18 @@ class Scaled(nn.Module):
         return F.mse_loss(self.attention(x, x, x, need_weights=False)[0], y)
 
 
+def trained(rank: int, world_size: int, precision: Precision) -> None:
+    autopar.compile(Scaled(), "cpu:1", inputs=(X, X), precision=precision)(X, X).backward()
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16", "fp16-mixed"])
-def test_a_buffer_in_fp32_trains_in_every_precision(precision: Precision) -> None:
+def test_a_buffer_in_fp32_trains_in_every_precision(pool: Callable[[int], Pool], precision: Precision) -> None:
     program = capture(Scaled(), ((X, X), {}), precision)
     for node in program.graph.nodes:
         if node.target in (torch.ops.aten.linear.default, torch.ops.aten.scaled_dot_product_attention.default):
             assert len({x.meta["val"].dtype for x in node.all_input_nodes if x.meta["val"].is_floating_point()}) == 1
-    autopar.compile(Scaled(), "cpu:1", inputs=(X, X), precision=precision)(X, X).backward()
+    pool(1).run(trained, precision)
 
 
 LOW, HIGH = torch.bfloat16, torch.float32

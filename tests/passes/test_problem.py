@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from functools import cache
 from typing import Any
@@ -24,7 +23,6 @@ from autopar.passes.modes import MODES
 from autopar.passes.problem import Problem, Setting, build, check_batch
 from autopar.passes.strategies import Storage
 from autopar.planner import price_lowered
-from autopar.solver.optimise import least_bytes, optimise
 from tests.programs import annotated, model_context
 
 CLUSTER = Cluster.preset("2xA100-80GB")
@@ -161,18 +159,6 @@ def test_the_output_is_wanted_whole() -> None:
 def test_a_mode_leaves_out_choices(mode: str, op: set[str], parameter: set[str]) -> None:
     assert set(choices(problem(mode), "linear")) == op
     assert set(choices(problem(mode), "held1")) == parameter
-
-
-@pytest.mark.parametrize(("mesh", "mode"), [((1,), "auto"), ((1,), "ddp"), ((1,), "zero3"), ((2, 1), "auto")])
-def test_along_an_axis_of_one_device_there_is_one_way(mesh: tuple[int, ...], mode: str,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    where = setting(mesh, mode, Cluster.preset(f"{math.prod(mesh)}xA100-80GB"))
-    few = build(problem().context, where).instance
-    monkeypatch.setattr("autopar.passes.problem._Builder._apart", lambda *_: True)
-    every = build(problem().context, where).instance
-    assert optimise(few).seconds == pytest.approx(optimise(every).seconds)
-    assert least_bytes(few) == pytest.approx(least_bytes(every))
-    assert mesh != (1,) or all(len(node.choices) == 1 for node in few.nodes)
 
 
 def test_pinned_parameters_have_one_choice() -> None:
