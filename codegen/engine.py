@@ -41,6 +41,12 @@ class Parameters:
         """The parameter at rest."""
         return self.owners[name].parameter(name)
 
+    def version(self, name: str) -> tuple[int, int]:
+        """How often a parameter, and its part here, has been written to: what is written through the one does not
+        always count for the other."""
+        parameter = self.parameter(name)
+        return parameter._version, local_of(parameter)._version
+
 
 class Recorder(Protocol):
     """Who is told what a call read, by value and by parameter, and what it made."""

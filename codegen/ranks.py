@@ -69,13 +69,19 @@ def check_alike(told: Mapping[str, str]) -> None:
     together(compare)
 
 
-def by_rank(mine: str) -> str:
-    """What each rank tells, as `a on rank 0, b on ranks 1, 2`; collective."""
+def told_by_all(mine: Any) -> list[Any]:
+    """What each rank tells, by rank, pickled on the way; collective."""
     said: list[Any] = [mine]
     if dist.get_world_size() > 1:
         said = [None] * dist.get_world_size()
         with all_there():
             dist.all_gather_object(said, mine, group=control())
+    return said
+
+
+def by_rank(mine: str) -> str:
+    """What each rank tells, as `a on rank 0, b on ranks 1, 2`; collective."""
+    said = told_by_all(mine)
     ranks = {text: [str(rank) for rank, each in enumerate(said) if each == text] for text in said}
     return ", ".join(f"{text} on rank{'s' if len(which) > 1 else ''} {', '.join(which)}"
                      for text, which in ranks.items())
@@ -93,7 +99,4 @@ def _exchanged(failure: str | None) -> list[str]:
         return [] if failure is None else [failure]
     if not any(failed for (failed,) in exchanged((int(failure is not None),))):
         return []
-    failures: list[str | None] = [None] * dist.get_world_size()
-    with all_there():
-        dist.all_gather_object(failures, failure, group=control())
-    return sorted({text for text in failures if text is not None})
+    return sorted({text for text in told_by_all(failure) if text is not None})

@@ -85,12 +85,6 @@ def places_of(engine: Engine) -> tuple[int, ...]:
     return tuple(x for p in found for x in (local_of(p).data_ptr(), p.requires_grad))
 
 
-def versions_of(engine: Engine) -> tuple[int, ...]:
-    """How often each parameter, and its part here, has been written to."""
-    found = [engine.parameters.parameter(name) for name in engine.parameters.owners]
-    return tuple(x for p in found for x in (p._version, local_of(p)._version))
-
-
 def record(engine: Engine, given: Values, seeds: Seeds) -> Recording:
     """Record a pass of `engine`; nothing of it runs."""
     inputs = set(engine.executable.decision.context.segmented.factored.program.placeholders("input"))
@@ -119,13 +113,14 @@ class Replayed:
     given: Values
     seeds: Seeds
     done: bool = False
-    _before: tuple[tuple[int, ...], ...] = ()
+    _trained: tuple[tuple[int, int], ...] = ()
+    _read: tuple[int, ...] = ()
     _plain: Pass | None = None
 
     def forward(self) -> Values:
         """The outputs, in memory of their own."""
         recording = self.recording
-        self._before = self._versions()
+        self._trained, self._read = self._parameter_versions(), self._input_versions()
         private.copy_all(list(recording.given.values()), [self.given[node] for node in recording.given])
         recording.seeds[::2].copy_(torch.stack([seed for seed, *_ in self.seeds]))
         recording.forward.replay()
@@ -136,7 +131,7 @@ class Replayed:
         """The gradients of parameters; of a recording nothing is left after one backward, so that where there may be
         several the forward is run again. Raises AutoparError where it would not be what it was."""
         recording = self.recording
-        if self._versions()[0] != self._before[0]:
+        if self._parameter_versions() != self._trained:
             raise AutoparError("a parameter was changed between a forward and its backward; call backward before the "
                                "optimizer's step")
         if keep or self.done:
@@ -157,16 +152,19 @@ class Replayed:
                 raise AutoparError("a second backward of one call is asked for (retain_graph=True), of which a "
                                    "recorded step keeps nothing, and its forward changes buffers, so that it can't be "
                                    "run again; pass compiler=\"inductor-no-cudagraphs\" to autopar.compile")
-            if self._versions() != self._before:
+            if self._input_versions() != self._read:
                 raise AutoparError("an input was changed between a forward and a backward with retain_graph=True; "
                                    "leave inputs as they are until then")
             self.done, self._plain = True, Pass(self.recording.engine, self.given, self.seeds)
             self._plain.forward()
         return self._plain
 
-    def _versions(self) -> tuple[tuple[int, ...], ...]:
-        """How often parameters, and inputs, have been written to."""
-        return versions_of(self.recording.engine), tuple(self.given[node]._version for node in self.recording.given)
+    def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
+        parameters = self.recording.engine.parameters
+        return tuple(map(parameters.version, parameters.owners))
+
+    def _input_versions(self) -> tuple[int, ...]:
+        return tuple(self.given[node]._version for node in self.recording.given)
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.data import DistributedSampler
 
 from autopar.codegen.batches import Batches, Bound
-from autopar.codegen.control import all_there, control
+from autopar.codegen.control import all_there
 from autopar.codegen.engine import Engine, Parameters
 from autopar.codegen.executable import Executable, Turn, Values, seeds_for
 from autopar.codegen.first_order import first_order, no_backward
@@ -24,7 +24,7 @@ from autopar.codegen.offers import meet
 from autopar.codegen.outputs import output_of
 from autopar.codegen.parameters import load_plain, to_plain
 from autopar.codegen.paths import Under
-from autopar.codegen.ranks import on_rank_zero
+from autopar.codegen.ranks import on_rank_zero, told_by_all
 from autopar.codegen.replay import Replays
 from autopar.codegen.sampler import sampler_over
 from autopar.codegen.sight import Seen, Sight
@@ -269,9 +269,7 @@ class ParallelModule(Compiled):
         picture (`.png`) that rank 0 writes; collective. Raises AutoparError, before two steps too."""
         meet("timeline")
         seen = self._sight.seen(self._site.device)
-        ranks: list[Any] = [None] * dist.get_world_size()
-        with all_there():
-            dist.all_gather_object(ranks, seen, group=control())
+        ranks = told_by_all(seen)
 
         def draw() -> str:
             if self.drawer is None or not all(each.laps for each in ranks) or math.isnan(seen.step_s):

@@ -21,7 +21,7 @@ from autopar.codegen.control import all_there
 from autopar.codegen.engine import Engine, Parameters, Seeds
 from autopar.codegen.executable import Call, Values
 from autopar.codegen.stopwatch import Stopwatch
-from autopar.codegen.travel import local_of, send_whole
+from autopar.codegen.travel import send_whole
 from autopar.core.errors import AutoparError
 from autopar.core.sharding import Phase
 
@@ -59,17 +59,12 @@ class Tape:
         self.calls.append(Taped(place, *flows))  # type: ignore[arg-type]
         for unit in self.engine.units[place]:
             for member in unit.members:
-                self.versions.setdefault(member.name, self._version(member.name))
-
-    def _version(self, name: str) -> tuple[int, int]:
-        """Of a parameter and of its part: what is written through the one does not always count for the other."""
-        parameter = self.engine.parameters.parameter(name)
-        return parameter._version, local_of(parameter)._version
+                self.versions.setdefault(member.name, self.engine.parameters.version(member.name))
 
     def check(self) -> None:
         """Raises AutoparError where a parameter that is to be gathered again is no longer what it was."""
         for name, version in self.versions.items():
-            if self._version(name) != version:
+            if self.engine.parameters.version(name) != version:
                 raise AutoparError(f"parameter {name} was changed between a forward and its backward, for which it is "
                                    "gathered again; call backward before the optimizer's step")
 
